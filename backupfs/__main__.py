@@ -1,0 +1,6 @@
+"""`python -m backupfs`."""
+
+from backupfs.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Image: the one interface of everything that can be read as a disk.
+
+A stored point, a live export, a partition inside a point: each is an Image. Who holds one needs to know nothing of
+where the bytes come from. All methods may be called from any thread, and from several at once.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from backupfs.extents import Extent, clip
+
+Buffer = bytearray | memoryview
+
+
+class Image(Protocol):
+    """A disk that can be read."""
+
+    @property
+    def size(self) -> int:
+        """The disk's size in bytes."""
+
+    def readinto(self, offset: int, buffer: Buffer) -> None:
+        """Fill all of `buffer` with the disk's bytes from `offset` on.
+
+        Raises:
+            ValueError: the range is not inside the disk.
+            BackupfsError: the bytes can't be had. `buffer` then holds anything.
+        """
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """Cover the range exactly, in order, with extents whose flag means: reads as zeroes.
+
+        An extent without the flag may hold zeroes too.
+        """
+
+    def close(self) -> None:
+        """Give everything back. Twice does no harm."""
+
+
+def check_range(image: Image, offset: int, length: int) -> None:
+    """Raise ValueError unless the range lies inside the image."""
+    if offset < 0 or length < 0 or offset + length > image.size:
+        raise ValueError(f"range {offset}+{length} is not inside a disk of {image.size} bytes")
+
+
+class ZeroImage:
+    """A disk of zeroes."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def readinto(self, offset: int, buffer: Buffer) -> None:
+        check_range(self, offset, len(buffer))
+        buffer[:] = bytes(len(buffer))
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        check_range(self, offset, length)
+        if length:
+            yield Extent(offset, length, True)
+
+    def close(self) -> None:
+        pass
+
+
+class SliceImage:
+    """A range of another image, as an image of its own. Closing it closes the other."""
+
+    def __init__(self, image: Image, offset: int, size: int) -> None:
+        check_range(image, offset, size)
+        self.size = size
+        self._image = image
+        self._offset = offset
+
+    def readinto(self, offset: int, buffer: Buffer) -> None:
+        check_range(self, offset, len(buffer))
+        self._image.readinto(self._offset + offset, buffer)
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        check_range(self, offset, length)
+        for e in clip(self._image.extents(self._offset + offset, length), self._offset + offset, length):
+            yield Extent(e.offset - self._offset, e.length, e.flag)
+
+    def close(self) -> None:
+        self._image.close()
