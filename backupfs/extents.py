@@ -1,9 +1,9 @@
 """Extents: ranges of a disk that are alike. Pure functions on iterators of them, in order of offset.
 
-    dirty   ####----####----          what may have changed
-    zero    --##########----          what is zero now
-    chunks  |...|...|...|...|
-    plan    read zero zero  (last chunk: not dirty)
+dirty   ####----####----          what may have changed
+zero    --##########----          what is zero now
+chunks  |...|...|...|...|
+plan    read zero zero  (last chunk: not dirty)
 """
 
 from collections.abc import Iterable, Iterator

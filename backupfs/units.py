@@ -27,10 +27,11 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: float) -> str:
-    """Return `size` bytes with a binary unit and three digits, as in `1.50 GiB`."""
+    """Return `size` bytes with a binary unit and three digits, as in `1.5 GiB`."""
     if size < KiB:
         return f"{int(size)} B"
-    for unit in ("KiB", "MiB", "GiB", "TiB"):
+    unit = ""
+    for unit in ("KiB", "MiB", "GiB", "TiB"):  # noqa: B007, the last one stands
         size /= 1024
         if size < 1000:
             break

@@ -1,0 +1,300 @@
+"""The LMDB index: where the newest version of a chunk is, for any point. The only `import lmdb`.
+
+Everything here follows from manifests and layer footers. Databases (keys big-endian, so that they sort by number):
+
+    meta     b"repository" -> id of the repository; b"version" -> layout version
+    points   VM \\0 POINT -> seal of the manifest when it was indexed
+    chains   VM \\0 DISK \\0 CHAIN -> chain_no, u32
+    layers   chain_no, seq -> layer id; of the bases too
+    chunks   chain_no, region -> records of the deltas (format.RECORD), sorted by chunk and seq
+    regions  chain_no, region -> number of records, sum of their checks mod 2^64
+
+LMDB has no page checksums. A record's check covers its key; `regions`, in a tree of its own, tells when a record is
+missing. So a damaged page gives `Corrupt`, not an older version of a chunk.
+
+Any thread may call; write transactions live inside one method. Never carried over a fork. A process opens a folder
+once at a time. What is written is complete or absent: one transaction a point.
+"""
+
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import lmdb
+import numpy as np
+import xxhash
+
+from backupfs.errors import Corrupt, RepositoryError
+from backupfs.repository import codec
+from backupfs.repository.format import (
+    CODEC_SHIFT,
+    RECORD,
+    REGION_CHUNKS,
+    LayerId,
+    Rows,
+    checks,
+)
+
+LAYOUT = b"1"
+_MAP_SIZE = 1 << 40  # address space, not memory; the file grows as it fills
+_U32 = struct.Struct(">I")
+_PAIR = struct.Struct(">II")
+_SUMMARY = struct.Struct("<QQ")
+_MASK64 = (1 << 64) - 1
+_KEYED_RECORD = np.dtype([("key", "V8"), ("record", RECORD)])
+
+
+class StaleIndex(Exception):
+    """The index holds what manifests and layers no longer say: it has to be built again."""
+
+
+@dataclass(frozen=True, slots=True)
+class IndexedLayer:
+    """A layer to be indexed: its address, and its rows (an iterator; empty for a base)."""
+
+    vm: str
+    disk: str
+    chain: str
+    seq: int
+    parent_seq: int | None  # None for a base
+    layer_id: LayerId
+    rows: Iterable[Rows]
+
+
+def record_seed(key: bytes) -> int:
+    """Return the address part of the checks of the records under `key`."""
+    return int(xxhash.xxh3_64_intdigest(key))
+
+
+class Index:
+    """An open index.
+
+    Raises:
+        Corrupt: LMDB can't open what is in the folder.
+        StaleIndex: it is of another repository or layout.
+    """
+
+    def __init__(self, folder: str, repository_id: str) -> None:
+        self.folder = folder
+        self._file = os.path.join(folder, "data.mdb")
+        try:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            if os.path.exists(self._file) and os.path.getsize(self._file) == 0:
+                raise Corrupt(self._file, 0, "the file is empty")
+            self._env = lmdb.open(
+                folder, map_size=_MAP_SIZE, max_dbs=8, max_readers=1024, mode=0o600, readahead=False, meminit=False
+            )
+        except lmdb.Error as e:
+            raise self._corrupt(e) from e
+        except OSError as e:
+            raise RepositoryError(f"{folder}: the index can't be opened: {e.strerror}") from e
+        try:
+            self._open_databases(repository_id)
+        except BaseException:
+            self._env.close()
+            raise
+
+    def _open_databases(self, repository_id: str) -> None:
+        try:
+            # Pages beyond the end of a truncated file would be a SIGBUS, not an error.
+            pages = os.path.getsize(self._file) // self._env.stat()["psize"]
+            if self._env.info()["last_pgno"] >= pages:
+                raise Corrupt(self._file, os.path.getsize(self._file), "the file was cut off; run backupfs reindex")
+            self._env.reader_check()
+            with self._env.begin(write=True) as txn:
+                self._meta = self._env.open_db(b"meta", txn=txn)
+                self._points = self._env.open_db(b"points", txn=txn)
+                self._chains = self._env.open_db(b"chains", txn=txn)
+                self._layers = self._env.open_db(b"layers", txn=txn)
+                self._chunks = self._env.open_db(b"chunks", txn=txn, dupsort=True, dupfixed=True)
+                self._regions = self._env.open_db(b"regions", txn=txn)
+                held = txn.get(b"repository", db=self._meta), txn.get(b"version", db=self._meta)
+                if held == (None, None):
+                    txn.put(b"repository", repository_id.encode(), db=self._meta)
+                    txn.put(b"version", LAYOUT, db=self._meta)
+                elif held != (repository_id.encode(), LAYOUT):
+                    raise StaleIndex("the index belongs to another repository or layout")
+        except lmdb.Error as e:
+            raise self._corrupt(e) from e
+
+    def close(self) -> None:
+        """Close the environment; no other thread may be inside."""
+        self._env.close()
+
+    def _corrupt(self, error: Exception) -> Corrupt:
+        return Corrupt(self._file, 0, f"{error}; run backupfs reindex")
+
+    def points(self) -> dict[tuple[str, str], bytes]:
+        """Return the points that are indexed, (vm, id), each with its manifest's seal."""
+        try:
+            with self._env.begin(db=self._points) as txn:
+                return {self._point_of(bytes(k)): bytes(v) for k, v in txn.cursor()}
+        except lmdb.Error as e:
+            raise self._corrupt(e) from e
+
+    def _point_of(self, key: bytes) -> tuple[str, str]:
+        try:
+            vm, point = key.decode().split("\0")
+        except ValueError as e:
+            raise self._corrupt(e) from e
+        return vm, point
+
+    def chain_no(self, vm: str, disk: str, chain: str) -> int | None:
+        """Return the chain's number in this index, or None."""
+        try:
+            with self._env.begin(db=self._chains) as txn:
+                value = txn.get(_chain_key(vm, disk, chain))
+            return None if value is None else int(_U32.unpack(value)[0])
+        except (lmdb.Error, struct.error) as e:
+            raise self._corrupt(e) from e
+
+    def layer_id(self, chain_no: int, seq: int) -> LayerId | None:
+        """Return the id of the layer that is indexed under this address, or None."""
+        try:
+            with self._env.begin(db=self._layers) as txn:
+                value = txn.get(_PAIR.pack(chain_no, seq))
+            return None if value is None else LayerId(bytes(value))
+        except lmdb.Error as e:
+            raise self._corrupt(e) from e
+
+    def records(self, chain_no: int, region: int) -> Rows:
+        """Return all records of a region (format.RECORD), checked, sorted by chunk and seq.
+
+        Raises:
+            Corrupt: a record is damaged or missing.
+        """
+        key = _PAIR.pack(chain_no, region)
+        try:
+            with self._env.begin(buffers=True) as txn:
+                summary = txn.get(key, db=self._regions)
+                count, total = (0, 0) if summary is None else _SUMMARY.unpack(summary)
+                cursor = txn.cursor(self._chunks)
+                data = cursor.getmulti([key], dupdata=True, dupfixed_bytes=RECORD.itemsize, keyfixed=True)
+                records = np.frombuffer(bytes(data), _KEYED_RECORD)["record"].copy()
+        except (lmdb.Error, struct.error, ValueError) as e:
+            raise self._corrupt(e) from e
+        if len(records) != count:
+            raise self._corrupt(ValueError(f"a region has {len(records)} records and should have {count}"))
+        if count:
+            found = checks(records, record_seed(key))
+            if int(found.sum(dtype=np.uint64)) != total or np.any(found.astype(np.uint32) != records["check"]):
+                raise self._corrupt(ValueError("a record's check does not match"))
+        return records
+
+    def next_region(self, chain_no: int, first: int) -> int | None:
+        """Return the first region at or after `first` that has records, or None."""
+        try:
+            with self._env.begin(db=self._regions) as txn:
+                cursor = txn.cursor()
+                if not cursor.set_range(_PAIR.pack(chain_no, first)):
+                    return None
+                found_chain, region = _PAIR.unpack(cursor.key())
+            return int(region) if found_chain == chain_no else None
+        except (lmdb.Error, struct.error) as e:
+            raise self._corrupt(e) from e
+
+    def add(self, vm: str, point: str, seal: bytes, layers: Iterable[IndexedLayer]) -> None:
+        """Index a point and those of its layers that are new, in one transaction. A second time changes nothing.
+
+        Layers of one chain come in order of seq.
+
+        Raises:
+            StaleIndex: the index holds another layer at one of the addresses, or one between a layer and its parent.
+            RepositoryError: no space.
+        """
+        try:
+            with self._env.begin(write=True) as txn:
+                for layer in layers:
+                    self._add_layer(txn, layer)
+                txn.put(f"{vm}\0{point}".encode(), seal, db=self._points)
+        except lmdb.Error as e:
+            if "space" in str(e):
+                raise RepositoryError(f"{self._file}: {e}") from e
+            raise self._corrupt(e) from e
+
+    def forget(self, points: Iterable[tuple[str, str]]) -> None:
+        """Take points off the list of what is indexed; their layers stay for the points that follow them."""
+        try:
+            with self._env.begin(write=True, db=self._points) as txn:
+                for vm, point in points:
+                    txn.delete(f"{vm}\0{point}".encode())
+        except lmdb.Error as e:
+            raise self._corrupt(e) from e
+
+    def _add_layer(self, txn: "lmdb.Transaction[bytes]", layer: IndexedLayer) -> None:
+        name = _chain_key(layer.vm, layer.disk, layer.chain)
+        value = txn.get(name, db=self._chains)
+        if value is None:
+            value = _U32.pack(txn.stat(self._chains)["entries"])
+            txn.put(name, value, db=self._chains)
+        (chain_no,) = _U32.unpack(value)
+        address = _PAIR.pack(chain_no, layer.seq)
+        held = txn.get(address, db=self._layers)
+        if held is not None:
+            if held != layer.layer_id:
+                raise StaleIndex(f"another layer is indexed as {layer.vm}/{layer.disk}/{layer.chain}/{layer.seq}")
+            return
+        # A layer that is no ancestor, of a point that was taken away, would show through.
+        cursor = txn.cursor(self._layers)
+        if cursor.set_range(_PAIR.pack(chain_no, 0 if layer.parent_seq is None else layer.parent_seq + 1)):
+            found_chain, found_seq = _PAIR.unpack(cursor.key())
+            if found_chain == chain_no:
+                raise StaleIndex(f"layer {found_seq} of {layer.vm}/{layer.disk}/{layer.chain} is no ancestor")
+        txn.put(address, layer.layer_id, db=self._layers)
+        for rows in layer.rows:
+            for region, records in _by_region(rows, layer.seq):
+                self._put_records(txn, chain_no, region, records)
+
+    def _put_records(self, txn: "lmdb.Transaction[bytes]", chain_no: int, region: int, records: Rows) -> None:
+        key = _PAIR.pack(chain_no, region)
+        found = checks(records, record_seed(key))
+        records["check"] = found.astype(np.uint32)
+        data = records.tobytes()
+        size = RECORD.itemsize
+        items = [(key, data[i : i + size]) for i in range(0, len(data), size)]
+        txn.cursor(self._chunks).putmulti(items, dupdata=True)
+        summary = txn.get(key, db=self._regions)
+        count, total = (0, 0) if summary is None else _SUMMARY.unpack(summary)
+        total = (total + int(found.sum(dtype=np.uint64))) & _MASK64
+        txn.put(key, _SUMMARY.pack(count + len(records), total), db=self._regions)
+
+
+def _chain_key(vm: str, disk: str, chain: str) -> bytes:
+    key = f"{vm}\0{disk}\0{chain}".encode()
+    # LMDB's keys hold 511 bytes; names may be longer together.
+    return key if len(key) <= 480 else xxhash.xxh3_128_digest(key)
+
+
+def _by_region(rows: Rows, seq: int) -> Iterator[tuple[int, Rows]]:
+    """Turn rows of a footer into records, region by region; a zero run is cut at the regions' borders."""
+    zero = rows["codec"] == codec.ZERO
+    ends = rows["chunk_no"] + np.where(zero, rows["length"], 1).astype(np.uint64)
+    long = zero & ((ends - np.uint64(1)) // np.uint64(REGION_CHUNKS) != rows["chunk_no"] // np.uint64(REGION_CHUNKS))
+    whole = rows[~long]
+    regions = whole["chunk_no"] // np.uint64(REGION_CHUNKS)
+    for part in np.split(whole, np.flatnonzero(regions[1:] != regions[:-1]) + 1):
+        if len(part):
+            yield int(part["chunk_no"][0]) // REGION_CHUNKS, _records(part, seq)
+    for row in rows[long]:
+        first, end = int(row["chunk_no"]), int(row["chunk_no"]) + int(row["length"])
+        while first < end:
+            region = first // REGION_CHUNKS
+            last = min(end, (region + 1) * REGION_CHUNKS)
+            record = np.zeros(1, RECORD)
+            record["chunk"], record["seq"], record["run"] = first % REGION_CHUNKS, seq, last - first
+            yield region, record
+            first = last
+
+
+def _records(rows: Rows, seq: int) -> Rows:
+    """Return the records of rows that lie in one region."""
+    records = np.zeros(len(rows), RECORD)
+    zero = rows["codec"] == codec.ZERO
+    records["chunk"] = rows["chunk_no"] % np.uint64(REGION_CHUNKS)
+    records["seq"] = seq
+    records["run"] = np.where(zero, rows["length"], 1)
+    for field in ("offset", "xxh3", "id0", "id1"):
+        records[field] = rows[field]
+    records["packed"] = np.where(zero, 0, rows["length"] | (rows["codec"] << CODEC_SHIFT))
+    return records

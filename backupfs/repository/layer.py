@@ -1,0 +1,294 @@
+"""One layer file: the chunks that one disk got at one point, with the table that finds them.
+
+`LayerWriter` is used by one backup, `write` from several threads at once; `Layer` reads, from any thread. A crash
+leaves a temporary file that the next writer removes: a layer gets its name only when it is whole and on the disk.
+"""
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import blake3
+import numpy as np
+import xxhash
+
+from backupfs.errors import Corrupt, NotFound, RepositoryError
+from backupfs.repository import codec
+from backupfs.repository.format import (
+    ALIGNMENT,
+    FENCE_ROWS,
+    HEADER_SIZE,
+    ROW,
+    TRAILER_SIZE,
+    LayerHeader,
+    LayerTrailer,
+    Rows,
+    Words,
+    checks,
+    decode_header,
+    decode_trailer,
+    header_seed,
+    round_up,
+)
+
+_IOV_MAX = 512  # buffers per pwritev; Linux takes 1,024
+_COPY_ROWS = 16 * 1024  # rows per write of the table
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFacts:
+    """What a finished layer file is, for the manifest."""
+
+    length: int
+    blake3: str  # of the header and of all from the footer table on; the table holds the chunks' own
+    data_chunks: int
+    stored_bytes: int  # payloads
+
+
+class Layer:
+    """A published layer, opened for reading.
+
+    The descriptor is closed when the last reference goes, so a thread that still reads never meets another file
+    under the same number.
+
+    Raises:
+        NotFound: there is no such file.
+        Corrupt: it is not the layer that it should be.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._fd = -1
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.length = os.fstat(self._fd).st_size
+        except FileNotFoundError as e:
+            raise NotFound(f"{path}: the layer file is missing") from e
+        except OSError as e:
+            raise RepositoryError(f"{path}: {e.strerror}") from e
+        encoded = self.pread(0, HEADER_SIZE)
+        self.header: LayerHeader = decode_header(encoded, path)
+        self._seed = header_seed(encoded)
+        self._lock = threading.Lock()
+        self._trailer: LayerTrailer | None = None
+        self._fences: Words = np.empty(0, np.uint64)
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes of the file from `offset` on.
+
+        Raises:
+            Corrupt: the file ends before, or the disk below can't read it.
+        """
+        try:
+            data = os.pread(self._fd, length, offset)
+            while len(data) < length:
+                more = os.pread(self._fd, length - len(data), offset + len(data))
+                if not more:
+                    raise Corrupt(self.path, offset + len(data), "the file ends here, too early")
+                data += more
+        except (OSError, OverflowError) as e:
+            raise Corrupt(self.path, offset, f"can't be read: {e}") from e
+        return data
+
+    def trailer(self) -> LayerTrailer:
+        """Return the checked trailer; the fences are loaded with it."""
+        with self._lock:
+            if self._trailer is None:
+                place = max(self.length - TRAILER_SIZE, 0)
+                trailer = decode_trailer(self.pread(place, min(TRAILER_SIZE, self.length)), self.length, self.path)
+                if trailer.layer_id != self.header.layer_id:
+                    raise Corrupt(self.path, place, "the trailer belongs to another layer")
+                fences = self.pread(trailer.fences_offset, 8 * trailer.fence_count)
+                if xxhash.xxh3_64_intdigest(fences) != trailer.fences_xxh3:
+                    raise Corrupt(self.path, trailer.fences_offset, "the fences' checksum does not match")
+                self._fences = np.frombuffer(fences, "<u8")
+                self._trailer = trailer
+            return self._trailer
+
+    def rows(self, first: int = 0, end: int | None = None) -> Iterator[Rows]:
+        """Yield the table's rows that cover chunks in [first, end), in order, some hundred a time, each checked.
+
+        A zero run that begins before `first` and reaches into the range is among them.
+
+        Raises:
+            Corrupt: a row's check does not match, or the rows are out of order.
+        """
+        trailer = self.trailer()
+        group = max(int(np.searchsorted(self._fences, np.uint64(first), "right")) - 1, 0)
+        while group < trailer.fence_count:
+            if end is not None and int(self._fences[group]) >= end:
+                return
+            rows = self._group(trailer, group)
+            group += 1
+            if first or end is not None:
+                spans = np.where(rows["codec"] == codec.ZERO, rows["length"], 1).astype(np.uint64)
+                keep = rows["chunk_no"] + spans > first
+                if end is not None:
+                    keep &= rows["chunk_no"] < end
+                rows = rows[keep]
+            if len(rows):
+                yield rows
+
+    def _group(self, trailer: LayerTrailer, group: int) -> Rows:
+        first = group * FENCE_ROWS
+        count = min(FENCE_ROWS, trailer.rows - first)
+        offset = trailer.table_offset + first * ROW.itemsize
+        rows = np.frombuffer(self.pread(offset, count * ROW.itemsize), ROW)
+        wrong = np.flatnonzero(checks(rows, self._seed) != rows["check"])
+        if len(wrong):
+            raise Corrupt(self.path, offset + int(wrong[0]) * ROW.itemsize, "a row's check does not match")
+        # A valid row in the wrong place: only a misdirected write makes that.
+        if rows["chunk_no"][0] != self._fences[group] or np.any(rows["chunk_no"][1:] <= rows["chunk_no"][:-1]):
+            raise Corrupt(self.path, offset, "the table's rows are out of order")
+        return rows
+
+    def next_chunk(self, first: int) -> int | None:
+        """Return the first chunk at or after `first` that has a row, or None."""
+        for rows in self.rows(first):
+            return max(int(rows["chunk_no"][0]), first)
+        return None
+
+
+class LayerWriter:
+    """Writes a layer to a temporary file.
+
+    `append` may be called from several threads at once, with ranges of chunks that do not overlap. The rows wait in a
+    second temporary file, so memory does not grow with the disk.
+    """
+
+    def __init__(self, path: str, header: LayerHeader) -> None:
+        self.path = path
+        self.header = header
+        self._encoded = header.encode()
+        self._seed = header_seed(self._encoded)
+        self._lock = threading.Lock()
+        self._end = HEADER_SIZE
+        self._stored = 0
+        self._data_chunks = 0
+        self._batches: list[tuple[int, int, int]] = []  # first chunk, first row in the spool, rows
+        self._spooled = 0
+        self._fd = self._spool = -1
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._spool = os.open(path + ".rows", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            os.unlink(path + ".rows")
+            self._pwrite([self._encoded], 0)
+        except BaseException as e:
+            self.close()
+            if isinstance(e, OSError):
+                raise _write_error(path, e) from e
+            raise
+
+    def append(self, rows: Rows, payloads: Sequence[bytes | memoryview]) -> None:
+        """Write the payloads and keep their rows, whose `offset` is counted from the first payload.
+
+        The rows are in order of `chunk_no`. The first payload lands on a multiple of 4 KiB.
+
+        Raises:
+            RepositoryError: no space, or the disk failed. The layer is then useless.
+        """
+        length = sum(len(p) for p in payloads)
+        data = rows["codec"] != codec.ZERO
+        with self._lock:
+            start = self._end
+            self._end = round_up(start + length, ALIGNMENT)
+            spooled = self._spooled
+            self._spooled += len(rows)
+            self._stored += length
+            self._data_chunks += int(np.count_nonzero(data))
+            self._batches.append((int(rows["chunk_no"][0]), spooled, len(rows)))
+        rows["offset"][data] += np.uint64(start)
+        rows["check"] = checks(rows, self._seed)
+        try:
+            for i in range(0, len(payloads), _IOV_MAX):
+                part = payloads[i : i + _IOV_MAX]
+                self._pwrite(part, start)
+                start += sum(len(p) for p in part)
+            _pwrite_all(self._spool, [memoryview(rows.tobytes())], spooled * ROW.itemsize)
+        except OSError as e:
+            raise _write_error(self.path, e) from e
+
+    def finish(self) -> LayerFacts:
+        """Write the table and the trailer, and put all of it on the disk. Once, after every append has returned.
+
+        Raises:
+            RepositoryError: no space, or the disk failed. The file is never to be published then: after a failed
+                fsync nobody knows what is on the disk.
+        """
+        try:
+            return self._finish()
+        except OSError as e:
+            raise _write_error(self.path, e) from e
+
+    def _finish(self) -> LayerFacts:
+        digest = blake3.blake3(self._encoded)
+        table_offset = position = self._end
+        fences: list[Words] = []
+        written, last = 0, -1
+        for rows in self._sorted_rows():
+            if int(rows["chunk_no"][0]) <= last or np.any(rows["chunk_no"][1:] <= rows["chunk_no"][:-1]):
+                raise AssertionError("a chunk was written twice")
+            last = int(rows["chunk_no"][-1])
+            fences.append(rows["chunk_no"][-written % FENCE_ROWS :: FENCE_ROWS])
+            encoded = rows.tobytes()
+            self._pwrite([encoded], position)
+            digest.update(encoded)
+            position += len(encoded)
+            written += len(rows)
+        fence_bytes = np.concatenate(fences).astype("<u8").tobytes() if fences else b""
+        trailer = LayerTrailer(
+            table_offset, written, self._data_chunks, xxhash.xxh3_64_intdigest(fence_bytes), self.header.layer_id
+        )
+        tail = fence_bytes + trailer.encode()
+        self._pwrite([tail], position)
+        digest.update(tail)
+        os.ftruncate(self._fd, trailer.length)
+        os.fchmod(self._fd, 0o444)
+        os.fsync(self._fd)
+        self.close()
+        return LayerFacts(trailer.length, digest.hexdigest(), self._data_chunks, self._stored)
+
+    def _sorted_rows(self) -> Iterator[Rows]:
+        """Yield all rows in order of chunk_no, many at a time, from the spool."""
+        held: list[Rows] = []
+        count = 0
+        for _, first, length in sorted(self._batches):
+            data = os.pread(self._spool, length * ROW.itemsize, first * ROW.itemsize)
+            held.append(np.frombuffer(data, ROW))
+            count += length
+            if count >= _COPY_ROWS:
+                yield np.concatenate(held)
+                held, count = [], 0
+        if held:
+            yield np.concatenate(held)
+
+    def _pwrite(self, buffers: Sequence[bytes | memoryview], offset: int) -> None:
+        _pwrite_all(self._fd, buffers, offset)
+
+    def close(self) -> None:
+        """Close the files; the temporary layer stays for whoever publishes or removes it."""
+        for fd in (self._fd, self._spool):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._spool = -1
+
+
+def _pwrite_all(fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> None:
+    """Write every byte; a short write goes on where it ended."""
+    views = [memoryview(b) for b in buffers]
+    while views:
+        done = os.pwritev(fd, views, offset)
+        offset += done
+        while views and done >= len(views[0]):
+            done -= len(views.pop(0))
+        if views and done:
+            views[0] = views[0][done:]
+
+
+def _write_error(path: str, error: OSError) -> RepositoryError:
+    return RepositoryError(f"writing {path}: {error.strerror}; nothing was published, and older points are untouched")

@@ -1,0 +1,128 @@
+"""A point's manifest: a JSON document that carries its own checksum. Pure encode and decode.
+
+The last member, `blake3`, covers all bytes before it, so that a flipped bit anywhere in the file is found and the
+file still is plain JSON.
+"""
+
+from typing import Literal
+
+import blake3
+import msgspec
+
+from backupfs.errors import Corrupt, UnsupportedFormat
+from backupfs.repository.format import VERSION
+
+_SEAL = b',"blake3":"'
+_SEAL_LENGTH = len(_SEAL) + 64 + len(b'"}\n')
+
+
+class DiskEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One disk at one point. Sizes in bytes."""
+
+    name: str
+    size: int
+    kind: Literal["full", "delta"]
+    chain: str
+    seq: int
+    parent: str | None  # the point that this delta continues
+    layer: str  # file name
+    layer_id: str
+    layer_bytes: int
+    layer_blake3: str
+    read: Literal["all", "dirty"]
+    reason: str
+    data_bytes: int
+    stored_bytes: int
+    allocated_bytes: int  # of the whole disk as it shows at this point
+    digest: str
+    bitmap: str | None = None
+    source_format: str | None = None
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """One point of one VM."""
+
+    format: int
+    repository: str
+    vm: str
+    id: str
+    time: str
+    parent: str | None
+    consistency: Literal["crash", "frozen"]
+    disks: list[DiskEntry]
+    domain_xml: str | None = None
+    tags: list[str] = []
+    note: str = ""
+    pinned: bool = False
+    program: str = ""
+
+    def disk(self, name: str) -> DiskEntry | None:
+        """Return the entry of the disk called `name`."""
+        return next((d for d in self.disks if d.name == name), None)
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """backupfs.json: what all of a repository shares."""
+
+    format: int
+    id: str
+    chunk_size: int
+    codec: str
+    created: str
+
+
+def seal(document: msgspec.Struct) -> bytes:
+    """Return the document as JSON with its checksum as the last member."""
+    body = msgspec.json.encode(document)[:-1]
+    return body + _SEAL + blake3.blake3(body).hexdigest().encode() + b'"}\n'
+
+
+def seal_of(data: bytes) -> bytes:
+    """Return the 32 bytes of the checksum in a sealed document."""
+    return bytes.fromhex(data[-_SEAL_LENGTH + len(_SEAL) : -3].decode())
+
+
+def _open_seal(data: bytes, path: str) -> None:
+    body, tail = data[:-_SEAL_LENGTH], data[-_SEAL_LENGTH:]
+    if tail != _SEAL + blake3.blake3(body).hexdigest().encode() + b'"}\n':
+        raise Corrupt(path, 0, "the checksum in the file does not match the rest of it")
+
+
+class _Version(msgspec.Struct):
+    format: int
+
+
+def _check_version(data: bytes, path: str) -> None:
+    """Refuse another version before anything else is believed: a later one may be sealed in another way."""
+    try:
+        version = msgspec.json.decode(data, type=_Version).format
+    except msgspec.DecodeError as e:
+        raise Corrupt(path, 0, f"not a JSON document of backupfs: {e}") from e
+    if version > VERSION:
+        _open_seal(data, path)  # else it may be a flipped bit
+        raise UnsupportedFormat(f"{path}: format version {version}; this backupfs knows version {VERSION}")
+
+
+def decode_manifest(data: bytes, path: str) -> Manifest:
+    """Return the manifest in `data`.
+
+    Raises:
+        Corrupt: damaged.
+        UnsupportedFormat: of a later format version.
+    """
+    _check_version(data, path)
+    _open_seal(data, path)
+    try:
+        return msgspec.json.decode(data, type=Manifest)
+    except msgspec.DecodeError as e:
+        raise Corrupt(path, 0, str(e)) from e
+
+
+def decode_settings(data: bytes, path: str) -> Settings:
+    """Return the settings in `data`. Raises as `decode_manifest`."""
+    _check_version(data, path)
+    _open_seal(data, path)
+    try:
+        return msgspec.json.decode(data, type=Settings)
+    except msgspec.DecodeError as e:
+        raise Corrupt(path, 0, str(e)) from e

@@ -1,0 +1,339 @@
+"""A repository: made, opened, listed, written to by one process at a time. From any thread.
+
+Reading takes no lock: what is published never changes. `Repository.writer` takes the writer lock, a flock that the
+kernel drops when the process dies.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+from backupfs.errors import Corrupt, Locked, NotFound, RepositoryError, UsageError
+from backupfs.repository import catalog, codec, names
+from backupfs.repository.format import DEFAULT_CHUNK, MAX_CHUNK, MIN_CHUNK, VERSION
+from backupfs.repository.index import Index, StaleIndex
+from backupfs.repository.manifest import DiskEntry, Manifest, Settings, decode_manifest, decode_settings, seal, seal_of
+from backupfs.repository.point import Chain, LayerStore, PointImage
+from backupfs.repository.writer import ChainEnd, PointWriter, write_new
+
+log = logging.getLogger(__name__)
+
+SETTINGS = "backupfs.json"
+_RESERVE = 64 << 20  # bytes that have to be free before a writer begins: the index must still fit after the layers
+
+
+class Repository:
+    """An open repository."""
+
+    def __init__(self, path: str, settings: Settings) -> None:
+        self.path = path
+        self.settings = settings
+        codec.by_name(settings.codec)  # an unknown one is refused here, not at the first read
+        self._lock = threading.RLock()
+        self._index: Index | None = None
+        self._store: LayerStore | None = None
+
+    @staticmethod
+    def init(path: str, *, chunk_size: int = DEFAULT_CHUNK, codec_name: str = "zstd") -> None:
+        """Make an empty repository in a new or empty folder.
+
+        Raises:
+            UsageError: the folder is not empty, or a setting makes no sense.
+            RepositoryError: it can't be written.
+        """
+        codec.by_name(codec_name)
+        if chunk_size & (chunk_size - 1) or not MIN_CHUNK <= chunk_size <= MAX_CHUNK:
+            raise UsageError(f"a chunk of {chunk_size} bytes: it has to be a power of two from 4 KiB to 1 MiB")
+        try:
+            os.makedirs(path, mode=0o700, exist_ok=True)
+            if os.listdir(path):
+                raise UsageError(f"{path} is not empty: a repository begins in an empty folder")
+            os.chmod(path, 0o700)
+            for folder in ("vms", "tmp"):
+                os.mkdir(os.path.join(path, folder), 0o700)
+            write_new(os.path.join(path, "lock"), b"")
+            settings = Settings(
+                format=VERSION,
+                id=secrets.token_hex(16),
+                chunk_size=chunk_size,
+                codec=codec_name,
+                created=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+            )
+            write_new(os.path.join(path, SETTINGS), seal(settings))
+        except OSError as e:
+            raise RepositoryError(f"{e.filename or path}: {e.strerror}") from e
+
+    @classmethod
+    def open(cls, path: str) -> "Repository":
+        """Open a repository for reading, and for writing through `writer`.
+
+        Raises:
+            NotFound: there is none.
+            UnsupportedFormat, Corrupt: as they say.
+        """
+        path = os.path.abspath(path)
+        data = catalog.read_file(os.path.join(path, SETTINGS), f"{path} is not a repository: it has no {SETTINGS}")
+        return cls(path, decode_settings(data, os.path.join(path, SETTINGS)))
+
+    def close(self) -> None:
+        """Give everything back. Images of it are not to be read afterwards."""
+        with self._lock:
+            if self._store:
+                self._store.close()
+            if self._index:
+                self._index.close()
+            self._store = self._index = None
+
+    def __enter__(self) -> "Repository":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def vms(self) -> list[str]:
+        """Return the VMs that have points, in order of name."""
+        return [vm for vm in catalog.vms(self.path) if catalog.points(self.path, vm)]
+
+    def points(self, vm: str) -> list[str]:
+        """Return the ids of a VM's points, oldest first; none for a VM that is not there."""
+        return catalog.points(self.path, vm)
+
+    def resolve(self, vm: str, point: str) -> str:
+        """Return the id that `point` stands for: itself, or the newest one for `latest`.
+
+        Raises:
+            NotFound: there is no such point.
+        """
+        points = self.points(vm)
+        if not points:
+            raise NotFound(f"no points of VM {vm!r} in {self.path}; `backupfs points` lists what there is")
+        if point == "latest":
+            return points[-1]
+        if point not in points:
+            raise NotFound(f"VM {vm!r} has no point {point!r}; `backupfs points` lists what there is")
+        return point
+
+    def manifest_json(self, vm: str, point: str) -> bytes:
+        """Return a manifest's bytes, unchecked. Raises NotFound."""
+        if names.point_key(point) is None:
+            raise NotFound(f"{point!r} is not a point's id")
+        path = catalog.manifest_path(self.path, vm, point)
+        return catalog.read_file(path, f"VM {vm!r} has no point {point!r} in {self.path}")
+
+    def manifest(self, vm: str, point: str) -> Manifest:
+        """Return a point's checked manifest. Raises NotFound, Corrupt, UnsupportedFormat."""
+        path = catalog.manifest_path(self.path, vm, point)
+        found = decode_manifest(self.manifest_json(vm, point), path)
+        if (found.repository, found.vm, found.id) != (self.settings.id, vm, point):
+            raise Corrupt(path, 0, "this is the manifest of another point")
+        return found
+
+    def open_image(self, vm: str, point: str, disk: str) -> PointImage:
+        """Return a disk at a point as an Image.
+
+        Raises:
+            NotFound: no such point or disk, or a layer of its chain is missing.
+            Corrupt: the manifest, the index or the chain's base is damaged.
+        """
+        entry = self.manifest(vm, point).disk(disk)
+        if entry is None:
+            raise NotFound(f"point {vm}/{point} has no disk {disk!r}")
+        return self._image(vm, point, entry)
+
+    def _image(self, vm: str, point: str, entry: DiskEntry) -> PointImage:
+        with self._lock:
+            store = self.store
+            chain_no = self._chain_no(vm, entry)
+            if chain_no is None:
+                # The point is newer than the index that was caught up with at its opening.
+                self._catch_up(store.index, [(vm, point)])
+                chain_no = self._chain_no(vm, entry)
+                if chain_no is None:
+                    raise Corrupt(store.index.folder, 0, f"point {vm}/{point} can't be indexed; run backupfs reindex")
+        return PointImage(store, Chain(self.path, vm, entry.name, entry.chain, chain_no), entry)
+
+    def _chain_no(self, vm: str, entry: DiskEntry) -> int | None:
+        """Return the chain's number if the entry's layer is indexed."""
+        index = self.store.index
+        chain_no = index.chain_no(vm, entry.name, entry.chain)
+        if chain_no is None or index.layer_id(chain_no, entry.seq) != bytes.fromhex(entry.layer_id):
+            return None
+        return chain_no
+
+    @property
+    def store(self) -> LayerStore:
+        """The layers and the index, opened and caught up with at first use."""
+        with self._lock:
+            if self._store is None:
+                self._index = self._open_index()
+                self._store = LayerStore(self._index, bytes.fromhex(self.settings.id), self.settings.chunk_size)
+            return self._store
+
+    def _open_index(self) -> Index:
+        folder = catalog.index_folder(self.path, self.settings.id)
+        try:
+            index = Index(folder, self.settings.id)
+            try:
+                self._catch_up(index)
+            except BaseException:
+                index.close()
+                raise
+        except (StaleIndex, Corrupt) as e:
+            if isinstance(e, Corrupt) and not e.file.startswith(folder):
+                raise
+            log.warning("%s: building the index again", e)
+            return self._build_index(folder)
+        return index
+
+    def _build_index(self, folder: str) -> Index:
+        """Build the index from nothing, beside the old one, and put it in its place."""
+        fresh = f"{folder}.{secrets.token_hex(4)}"
+        try:
+            index = Index(fresh, self.settings.id)
+            try:
+                self._catch_up(index)
+            finally:
+                index.close()
+            # A mount that has the old one open goes on with it: it is complete for what it shows.
+            if os.path.lexists(folder):
+                os.rename(folder, fresh + ".old")
+            os.rename(fresh, folder)
+        except OSError as e:
+            raise RepositoryError(f"{folder}: the index can't be built: {e.strerror}") from e
+        finally:
+            for rest in (fresh, fresh + ".old"):
+                shutil.rmtree(rest, ignore_errors=True)
+        return Index(folder, self.settings.id)
+
+    def reindex(self) -> int:
+        """Build the index again from manifests and layers. Returns the number of points in it.
+
+        Raises:
+            Locked: a backup is running.
+        """
+        with self._lock, self._writer_lock():
+            self.close()
+            self._index = self._build_index(catalog.index_folder(self.path, self.settings.id))
+            self._store = LayerStore(self._index, bytes.fromhex(self.settings.id), self.settings.chunk_size)
+            return len(self._index.points())
+
+    def _catch_up(self, index: Index, extra: list[tuple[str, str]] | None = None) -> None:
+        """Index what was published since; forget what was taken away.
+
+        A point that can't be indexed, damaged for one, is logged and left out: the others must stay readable.
+        """
+        indexed = index.points()
+        present = {(vm, point) for vm in catalog.vms(self.path) for point in catalog.points(self.path, vm)}
+        wanted = sorted(present - indexed.keys(), key=lambda p: names.point_key(p[1]) or ("", 0))
+        for vm, point in [*wanted, *(extra or [])]:
+            try:
+                manifest = self.manifest(vm, point)
+                layers = catalog.layers_to_index(self.path, index, manifest)
+                index.add(vm, point, seal_of(self.manifest_json(vm, point)), layers)
+            except (NotFound, Corrupt) as e:
+                if isinstance(e, Corrupt) and e.file.startswith(index.folder):
+                    raise
+                log.error("point %s/%s can't be indexed: %s", vm, point, e)
+        gone = indexed.keys() - present
+        if gone:
+            index.forget(gone)
+
+    @contextlib.contextmanager
+    def _writer_lock(self) -> Iterator[None]:
+        path = os.path.join(self.path, "lock")
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as e:
+            raise RepositoryError(f"{path}: {e.strerror}") from e
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                holder = os.pread(fd, 64, 0).decode(errors="replace").strip() or "another process"
+                raise Locked(f"{self.path}: {holder} is writing to this repository; try again when it is done") from e
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"process {os.getpid()}\n".encode(), 0)
+            yield
+        finally:
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def writer(self) -> Iterator["Writer"]:
+        """Take the writer lock for the `with` block, and remove what dead writers left.
+
+        Raises:
+            Locked: another process has it.
+            RepositoryError: there is hardly any space left.
+        """
+        with self._writer_lock():
+            try:
+                tmp = os.path.join(self.path, "tmp")
+                os.makedirs(tmp, mode=0o700, exist_ok=True)
+                for name in os.listdir(tmp):
+                    os.unlink(os.path.join(tmp, name))
+                space = os.statvfs(self.path)
+            except OSError as e:
+                raise RepositoryError(f"{e.filename or self.path}: {e.strerror}") from e
+            if space.f_bavail * space.f_frsize < _RESERVE:
+                raise RepositoryError(f"{self.path}: no space left on the file system (less than 64 MiB free)")
+            _ = self.store
+            yield Writer(self)
+
+
+class Writer:
+    """The right to write, while `Repository.writer` holds the lock."""
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+
+    def chain_end(self, vm: str, disk: str, chain: str) -> ChainEnd | None:
+        """Return the last point of the newest generation of the chain that the user calls `chain`, or None.
+
+        Raises:
+            Corrupt: a manifest or the chain's base is damaged.
+        """
+        repository = self._repository
+        best: tuple[tuple[int, int], str, DiskEntry] | None = None
+        for point in repository.points(vm):
+            entry = repository.manifest(vm, point).disk(disk)
+            if entry is None:
+                continue
+            name, generation = names.chain_of(entry.chain)
+            if name == chain and (best is None or (generation, entry.seq) > best[0]):
+                best = (generation, entry.seq), point, entry
+        if best is None:
+            return None
+        _, point, entry = best
+        return ChainEnd(point, entry, repository._image(vm, point, entry))
+
+    def next_chain(self, vm: str, disk: str, chain: str) -> str:
+        """Return the full name of a new generation of `chain`."""
+        generations = [names.chain_of(c) for c in catalog.chains(self._repository.path, vm, disk)]
+        return names.chain_named(chain, max((g for name, g in generations if name == chain), default=0) + 1)
+
+    def begin(self, vm: str, moment: datetime) -> PointWriter:
+        """Begin a point."""
+        return PointWriter(self._repository.path, self._repository.settings, vm, moment)
+
+    def commit(self, point: PointWriter, *, parent: str | None, tags: list[str] | None = None) -> Manifest:
+        """Publish the point, then index it. When only the index fails, the point is there all the same: the next
+        open catches up.
+
+        Raises:
+            RepositoryError: it could not be published.
+        """
+        manifest, data = point.publish(parent=parent, tags=tags)
+        repository = self._repository
+        index = repository.store.index
+        try:
+            layers = catalog.layers_to_index(repository.path, index, manifest)
+            index.add(manifest.vm, manifest.id, seal_of(data), layers)
+        except (RepositoryError, StaleIndex) as e:
+            log.warning("the point is published, but not indexed yet: %s", e)
+        return manifest
