@@ -53,7 +53,7 @@ def decompress(payload: bytes | memoryview, chunk_size: int) -> bytes:
         # Asked first: a damaged size field must not make the library allocate it.
         if zstandard.frame_content_size(payload) != chunk_size:
             raise ValueError("the frame's content size is not the chunk's")
-        chunk: bytes = decompressor.decompress(payload, max_output_size=chunk_size)
+        chunk: bytes = decompressor.decompress(payload, max_output_size=chunk_size, allow_extra_data=False)
     except zstandard.ZstdError as e:
         raise ValueError(str(e)) from e
     if len(chunk) != chunk_size:
