@@ -208,9 +208,9 @@ class Index:
                 for layer in layers:
                     self._add_layer(txn, layer)
                 txn.put(f"{vm}\0{point}".encode(), seal, db=self._points)
-        except lmdb.Error as e:
-            if "space" in str(e):
-                raise RepositoryError(f"{self._file}: {e}") from e
+        except lmdb.DiskError as e:
+            raise RepositoryError(f"{self._file}: {e}") from e
+        except (lmdb.Error, struct.error) as e:
             raise self._corrupt(e) from e
 
     def forget(self, points: Iterable[tuple[str, str]]) -> None:

@@ -152,7 +152,8 @@ class Repository:
             chain_no = self._chain_no(vm, entry)
             if chain_no is None:
                 # The point is newer than the index that was caught up with at its opening.
-                self._catch_up(store.index, [(vm, point)])
+                with contextlib.suppress(StaleIndex):
+                    self._catch_up(store.index, [(vm, point)])
                 chain_no = self._chain_no(vm, entry)
                 if chain_no is None:
                     raise Corrupt(store.index.folder, 0, f"point {vm}/{point} can't be indexed; run backupfs reindex")
