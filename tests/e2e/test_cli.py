@@ -1,0 +1,168 @@
+"""The commands, their JSON, their messages and exit codes, on image files."""
+
+import json
+import os
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+from commands import backupfs, backupfs_json
+
+from backupfs.units import MiB
+
+SIZE = 3 * MiB + 512
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """A raw disk whose first half is random and whose second is empty."""
+    path = tmp_path / "disk.raw"
+    path.write_bytes(random.Random(1).randbytes(SIZE // 2))
+    os.truncate(path, SIZE)
+    return path
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Path:
+    backupfs(tmp_path / "repo", "init")
+    return tmp_path / "repo"
+
+
+def test_from_init_to_map(repo: Path, disk: Path) -> None:
+    first = backupfs_json(repo, "backup", "web01", f"vda={disk}", "--time", "2026-11-22T20:00:00Z")
+    assert (first["vm"], first["id"], first["parent"]) == ("web01", "20261122T200000Z", None)
+    with disk.open("r+b") as file:
+        file.seek(2 * MiB)
+        file.write(b"changed")
+    second = backupfs_json(repo, "backup", "web01", f"vda={disk}")
+    entry = second["disks"][0]
+    assert second["parent"] == first["id"]
+    assert (entry["kind"], entry["read"], entry["reason"]) == ("delta", "all", "no bitmap was named")
+    assert (entry["chain"], entry["seq"], entry["data_bytes"], entry["size"]) == ("main", 1, 65536, SIZE)
+    assert backupfs_json(repo, "points") == backupfs_json(repo, "points", "web01") == [first, second]
+    assert "web01" in backupfs(repo, "points")
+    shown = backupfs_json(repo, "show", "web01/latest")
+    assert shown["id"] == second["id"]
+    assert shown["disks"][0]["allocated_bytes"] == 26 * 65536
+    assert f"id: {second['id']}" in backupfs(repo, "show", f"web01/{second['id']}")
+    half = -(-SIZE // 2 // 65536) * 65536
+    assert backupfs_json(repo, "map", "web01/latest/vda") == [
+        {"offset": 0, "length": half, "zero": False, "point": first["id"]},
+        {"offset": half, "length": 2 * MiB - half, "zero": True, "point": None},
+        {"offset": 2 * MiB, "length": 65536, "zero": False, "point": second["id"]},
+        {"offset": 2 * MiB + 65536, "length": SIZE - 2 * MiB - 65536, "zero": True, "point": None},
+    ]
+    assert len(backupfs(repo, "map", "web01/latest/vda").splitlines()) == 4
+    assert backupfs(repo, "reindex") == "2 points indexed\n"
+
+
+def test_chains_and_full(repo: Path, disk: Path) -> None:
+    for words in ([], ["--chain", "weekly"], ["--full"], [], ["--chain", "weekly"]):
+        backupfs(repo, "backup", "web01", f"vda={disk}", f"vdb={disk}", *words)
+    found = [[(d["name"], d["chain"], d["seq"], d["kind"]) for d in p["disks"]] for p in backupfs_json(repo, "points")]
+    assert [f[0] for f in found] == [
+        ("vda", "main", 0, "full"),
+        ("vda", "weekly", 0, "full"),
+        ("vda", "main.2", 0, "full"),
+        ("vda", "main.2", 1, "delta"),
+        ("vda", "weekly", 1, "delta"),
+    ]
+    assert [f[1][0] for f in found] == ["vdb"] * 5
+
+
+def test_the_repository_option_stands_anywhere(tmp_path: Path) -> None:
+    for words in (["-r", str(tmp_path / "a"), "init"], ["init", "--repository", str(tmp_path / "b")]):
+        subprocess.run([os.sys.executable, "-m", "backupfs", *words], check=True)
+    assert (tmp_path / "a" / "backupfs.json").exists()
+    assert (tmp_path / "b" / "backupfs.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["backup", "a/b", "vda=x"], 2, "slash"),
+        (["backup", "..", "vda=x"], 2, "not a name"),
+        (["backup", "a\nb", "vda=x"], 2, "can't be printed"),
+        (["backup", "x" * 300, "vda=x"], 2, "too long"),
+        (["backup", "web01", "../vda=x"], 2, "slash"),
+        (["backup", "web01", "vda"], 2, "DISK=SOURCE"),
+        (["backup", "web01", "vda=x", "vda=y"], 2, "twice"),
+        (["backup", "web01", "vda=x", "--bitmap", "vdb=b0"], 2, "no such disk"),
+        (["backup", "web01", "vda=x", "--chain", "a.b"], 2, "chain"),
+        (["backup", "web01", "vda=x", "--time", "soon"], 2, "not a time"),
+        (["backup", "web01", "vda=x", "--since", "20261122T200000Z"], 2, "no point yet"),
+        (["backup", "web01"], 2, "Missing argument"),
+        (["backup", "web01", "vda=/nonexistent/disk"], 30, "/nonexistent/disk"),
+        (["backup", "web01", "vda=nbd+unix:///?socket=/nonexistent/s"], 30, "/nonexistent/s"),
+        (["backup", "web01", "vda=gopher://x/"], 2, "gopher"),
+        (["points", "nobody"], 10, "nobody"),
+        (["show", "web01"], 2, "VM/POINT"),
+        (["show", "web01/latest"], 10, "web01"),
+        (["map", "web01/latest"], 2, "VM/POINT/DISK"),
+        (["nonsense"], 2, "nonsense"),
+        (["init"], 2, "not empty"),
+    ],
+)
+def test_bad_input(repo: Path, words: list[str], code: int, message: str) -> None:
+    assert message in backupfs(repo, *words, code=code)
+    assert backupfs_json(repo, "points") == []
+
+
+def test_no_repository(tmp_path: Path) -> None:
+    assert "not a repository" in backupfs(tmp_path, "points", code=10)
+    environment = {k: v for k, v in os.environ.items() if k != "BACKUPFS_REPOSITORY"}
+    done = subprocess.run(
+        [os.sys.executable, "-m", "backupfs", "points"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "BACKUPFS_REPOSITORY" in done.stderr
+
+
+def test_names_that_are_not_ascii(repo: Path, disk: Path) -> None:
+    backupfs(repo, "backup", "Büro-Server 2", f"Systemplatte é={disk}")
+    point = backupfs_json(repo, "points", "Büro-Server 2")[0]
+    assert point["disks"][0]["name"] == "Systemplatte é"
+    assert backupfs_json(repo, "map", "Büro-Server 2/latest/Systemplatte é")[0]["offset"] == 0
+
+
+def test_since_has_to_be_the_end_of_the_chain(repo: Path, disk: Path) -> None:
+    ids = [backupfs_json(repo, "backup", "web01", f"vda={disk}")["id"] for _ in range(2)]
+    assert ids[1] in backupfs(repo, "backup", "web01", f"vda={disk}", "--since", ids[0], code=2)
+    assert backupfs_json(repo, "backup", "web01", f"vda={disk}", "--since", ids[1])["parent"] == ids[1]
+
+
+def test_a_raw_disk_that_turns_into_another_format_is_refused(repo: Path, disk: Path, tmp_path: Path) -> None:
+    """A guest can write a qcow2 header, with any host file as the backing file, on its raw disk."""
+    backupfs(repo, "backup", "web01", f"vda={disk}")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(disk), "3M"], check=True)
+    assert "looks like qcow2" in backupfs(repo, "backup", "web01", f"vda={disk}", code=1)
+    assert backupfs_json(repo, "backup", "web01", f"vda={disk}", "--full")["disks"][0]["chain"] == "main.2"
+
+
+def test_help_names_every_command_and_exit_code() -> None:
+    shown = subprocess.run([os.sys.executable, "-m", "backupfs", "--help"], capture_output=True, text=True, check=True)
+    for word in ("init", "backup", "points", "show", "map", "mount", "umount", "reindex", "130", "40"):
+        assert word in shown.stdout
+    for command in ("init", "backup", "points", "show", "map", "mount", "umount", "reindex"):
+        one = subprocess.run(
+            [os.sys.executable, "-m", "backupfs", command, "--help"], capture_output=True, text=True, check=True
+        )
+        assert "Example: " in one.stdout
+
+
+def test_a_closed_pipe_is_no_traceback(repo: Path, disk: Path) -> None:
+    backupfs(repo, "backup", "web01", f"vda={disk}")
+    shell = subprocess.run(
+        ["bash", "-c", '"$0" -m backupfs -r "$1" map web01/latest/vda --json | true', os.sys.executable, str(repo)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "Traceback" not in shell.stderr
+
+
+def test_json_is_one_document(repo: Path, disk: Path) -> None:
+    backupfs(repo, "backup", "web01", f"vda={disk}")
+    for words in (["points"], ["show", "web01/latest"], ["map", "web01/latest/vda"]):
+        assert json.loads(backupfs(repo, *words, "--json"))

@@ -1,0 +1,35 @@
+"""A repository that version 1 of the format wrote has to open, and show the same bytes, for ever."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from repositories import add_point, read_point
+
+from backupfs.repository.repository import Repository
+
+DATA = Path(__file__).parent.parent / "data"
+
+
+def test_the_repository_of_version_1_opens_and_grows(tmp_path: Path) -> None:
+    path = tmp_path / "repo"
+    shutil.copytree(DATA / "repository-v1", path)
+    expected = json.loads((DATA / "repository-v1.json").read_text())
+    with Repository.open(str(path)) as repository:
+        found = {}
+        for vm in repository.vms():
+            for point in repository.points(vm):
+                for disk in repository.manifest(vm, point).disks:
+                    data = read_point(repository, point, vm=vm, disk=disk.name)
+                    repository.open_image(vm, point, disk.name).check_map()
+                    found[f"{vm}/{point}/{disk.name}"] = {
+                        "size": len(data),
+                        "sha256": hashlib.sha256(data).hexdigest(),
+                        "chain": disk.chain,
+                        "kind": disk.kind,
+                    }
+        assert found == expected
+        point = add_point(repository, b"more", vm="web01")
+        assert point.disks[0].kind == "delta"
+        assert read_point(repository, point.id) == b"more"
