@@ -13,8 +13,9 @@ ZSTD = 2  # one Zstandard frame with its content size
 
 NAMES = {"none": NONE, "zstd": ZSTD}
 
-# Level -1: 20 percent faster than 1 for 10 percent more bytes; ingest is bound by it (tools/bench ingest).
-_LEVEL = -1
+# Level -4: with the check 60 percent faster than 1, for 25 percent more bytes; ingest is bound by it
+# (tools/bench ingest).
+_LEVEL = -4
 
 _per_thread = threading.local()
 

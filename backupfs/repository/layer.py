@@ -4,6 +4,7 @@
 leaves a temporary file that the next writer removes: a layer gets its name only when it is whole and on the disk.
 """
 
+import ctypes
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,8 @@ from backupfs.repository.format import (
     round_up,
 )
 
+_libc = ctypes.CDLL(None)
+_SYNC_FILE_RANGE_WRITE = 2
 _IOV_MAX = 512  # buffers per pwritev; Linux takes 1,024
 _COPY_ROWS = 16 * 1024  # rows per write of the table
 
@@ -210,6 +213,7 @@ class LayerWriter:
                 self._pwrite(part, start)
                 start += sum(len(p) for p in part)
             _pwrite_all(self._spool, [memoryview(rows.tobytes())], spooled * ROW.itemsize)
+            _start_writeback(self._fd, start - length, length)
         except OSError as e:
             raise _write_error(self.path, e) from e
 
@@ -288,6 +292,14 @@ def _pwrite_all(fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> 
             done -= len(views.pop(0))
         if views and done:
             views[0] = views[0][done:]
+
+
+def _start_writeback(fd: int, offset: int, length: int) -> None:
+    """Ask the kernel to begin to write this range now, so that the fsync at the end has little left to wait for.
+
+    A hint: whether it helped is fsync's to say. Source: sync_file_range(2).
+    """
+    _libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
 
 
 def _write_error(path: str, error: OSError) -> RepositoryError:
