@@ -1,0 +1,83 @@
+"""What a mount asks of the one who knows what there is to show: VMs, their points, the files of a point.
+
+Implemented over a repository in services/mount.py. Called from worker threads, several at once; may block.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from backupfs.image import Image
+
+
+@dataclass(frozen=True, slots=True)
+class DiskFile:
+    """A disk at a point.
+
+    Args:
+        name: in the tree, with its suffix.
+        size: bytes.
+        allocated: bytes that are not holes, for st_blocks.
+        version: differs when the content does.
+        xattrs: extended attributes, full names.
+        open: returns the disk as an Image; may block. Raises BackupfsError.
+        check: what is too slow to be done in `open`: called once after it, in a thread, while reads are answered
+            already. When it raises BackupfsError the image is condemned: all its reads fail from then on.
+    """
+
+    name: str
+    size: int
+    allocated: int
+    version: str
+    xattrs: Mapping[str, bytes]
+    open: Callable[[], Image]
+    check: Callable[[Image], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TextFile:
+    """A small file whose content is at hand."""
+
+    name: str
+    content: bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.content)
+
+    @property
+    def allocated(self) -> int:
+        """Bytes, in whole sectors."""
+        return -(-self.size // 512) * 512
+
+    @property
+    def version(self) -> str:
+        """Differs when the content does."""
+        return hashlib.blake2b(self.content, digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class PointEntry:
+    """A point's folder."""
+
+    time_ns: int
+    files: Sequence[DiskFile | TextFile]
+
+
+class Catalogue(Protocol):
+    """What there is to show. All calls may block, and come from several threads at once."""
+
+    def vms(self) -> Sequence[str]:
+        """Return the names of the VMs."""
+
+    def points(self, vm: str) -> Mapping[str, int]:
+        """Return the ids of a VM's points, oldest first, each with its time in ns; cheap, without reading points."""
+
+    def point(self, vm: str, point: str) -> PointEntry:
+        """Return a point. Raises NotFound."""
+
+    def usage(self) -> os.statvfs_result:
+        """Return the use of the file system that everything is stored on."""

@@ -1,0 +1,152 @@
+"""The images that are open in a mount, one for each inode however often it is open. On the trio thread only.
+
+Everything that blocks, the opening, reading, checking and closing of an Image, is done in worker threads. A read that
+hangs holds one of its image's own threads, so files of other images go on being answered.
+
+An image is closed when its last user has let it go; a check that still runs is a user. Only the end of the mount
+cancels a call. Its thread is then left to itself and `abandoned` set: the repository must not be closed under its feet.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import trio
+
+from backupfs.errors import BackupfsError
+from backupfs.fuse.catalogue import DiskFile
+from backupfs.image import Image
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+READS_OF_AN_IMAGE = 8
+READS_AT_ONCE = 32
+"""Of all images together: each holds a buffer of up to 1 MiB, the largest READ of the kernel."""
+_CALLS_AT_ONCE = 8
+
+
+class Condemned(BackupfsError):
+    """The image's check failed: none of its bytes can be trusted."""
+
+
+@dataclass(slots=True)
+class _Shared:
+    """An image and those who use it."""
+
+    users: int = 0
+    image: Image | None = None
+    condemned: Exception | None = None
+    opening: trio.Lock = field(default_factory=trio.Lock)
+    limiter: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(READS_OF_AN_IMAGE))
+
+
+class OpenImages:
+    """Opens, shares, reads, checks and closes images.
+
+    Args:
+        background: runs the checks.
+        describe: names an inode, for messages.
+        drop_pages: makes the kernel forget what it has cached of an inode; called in a thread.
+    """
+
+    def __init__(
+        self, background: trio.Nursery, describe: Callable[[int], str], drop_pages: Callable[[int], None]
+    ) -> None:
+        self.abandoned = False
+        self._background = background
+        self._describe = describe
+        self._drop_pages = drop_pages
+        self._shared: dict[int, _Shared] = {}
+        self._checked: set[int] = set()
+        self._reads = trio.CapacityLimiter(READS_AT_ONCE)
+        self._calls = trio.CapacityLimiter(_CALLS_AT_ONCE)
+        self._checks = trio.CapacityLimiter(1)  # it takes a processor for seconds: never two of them
+
+    async def acquire(self, inode: int, file: DiskFile) -> None:
+        """Open the image, or use it with others. Each call needs a `release`, unless it raised.
+
+        Raises:
+            BackupfsError: it can't be opened.
+        """
+        shared = self._shared.setdefault(inode, _Shared())
+        shared.users += 1
+        try:
+            async with shared.opening:
+                if shared.image is None:
+                    shared.image = await self._in_thread(file.open, self._calls)
+                    self._start_check(inode, shared, file)
+        except BaseException:
+            await self.release(inode)
+            raise
+
+    async def release(self, inode: int) -> None:
+        """Let the image go; the last one closes it."""
+        shared = self._shared[inode]
+        shared.users -= 1
+        if not shared.users:
+            del self._shared[inode]
+            if shared.image is not None:
+                try:
+                    await self._in_thread(shared.image.close, self._calls)
+                except Exception:
+                    log.exception("%s: closing failed", self._describe(inode))
+
+    async def read(self, inode: int, offset: int, length: int) -> bytearray:
+        """Return the bytes of the range, cut at the disk's end: in full, never fewer.
+
+        Raises:
+            Condemned: the check found that the image can't be trusted.
+            Exception: whatever the Image raises.
+        """
+        shared = self._shared[inode]
+        image = shared.image
+        assert image is not None, "acquired"
+        length = max(0, min(length, image.size - offset))
+        if not length:
+            return bytearray()
+
+        def read() -> bytearray:
+            buffer = bytearray(length)
+            image.readinto(offset, buffer)
+            return buffer
+
+        _refuse_condemned(shared)
+        async with shared.limiter:
+            content = await self._in_thread(read, self._reads)
+        _refuse_condemned(shared)  # it may have been found out in the meantime
+        return content
+
+    def _start_check(self, inode: int, shared: _Shared, file: DiskFile) -> None:
+        if file.check is not None and inode not in self._checked:
+            shared.users += 1
+            self._background.start_soon(self._check, inode, shared, file)
+
+    async def _check(self, inode: int, shared: _Shared, file: DiskFile) -> None:
+        check, image = file.check, shared.image
+        assert check is not None, "started for one"
+        assert image is not None, "open"
+        try:
+            await self._in_thread(lambda: check(image), self._checks)
+            self._checked.add(inode)
+        except Exception as e:  # noqa: BLE001, a check that can't be done is no reason to end the mount
+            shared.condemned = e
+            log.error("%s: every read of it fails from now on: %s", self._describe(inode), e)
+            # Later reads are refused; what earlier ones left in the page cache would still be served by the kernel.
+            await self._in_thread(lambda: self._drop_pages(inode), self._checks)
+        finally:
+            await self.release(inode)
+
+    async def _in_thread(self, call: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
+        try:
+            return await trio.to_thread.run_sync(call, limiter=limiter, abandon_on_cancel=True)
+        except trio.Cancelled:
+            self.abandoned = True
+            raise
+
+
+def _refuse_condemned(shared: _Shared) -> None:
+    if shared.condemned is not None:
+        raise Condemned(f"the image can't be trusted: {shared.condemned}")

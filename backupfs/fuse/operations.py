@@ -1,0 +1,290 @@
+"""The kernel's requests, answered: inode numbers, handles and errnos. The only `import pyfuse3`.
+
+All of it runs on the trio thread; what blocks, the catalogue and the images, runs in worker threads.
+
+pyfuse3 lets only FUSEError out of a handler: any other exception ends the whole mount. So `@answers` wraps every
+handler. pyfuse3's own defaults are right for what is not here: FORGET is dropped; FLUSH, FSYNC and POLL answer ENOSYS,
+after which the kernel does not ask again.
+"""
+
+import contextlib
+import errno
+import functools
+import itertools
+import logging
+import os
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, Concatenate, ParamSpec, TypeVar, TypeVarTuple, cast
+
+import pyfuse3
+import trio
+
+from backupfs.errors import BackupfsError, Corrupt, NotFound
+from backupfs.fuse.catalogue import DiskFile
+from backupfs.fuse.images import OpenImages
+from backupfs.fuse.tree import Attributes, Entry, Stale, Tree
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
+
+_CATALOGUE_CALLS = 8  # at once; the rest waits, reads do not
+_TASKS = 500  # requests that pyfuse3 works on at once: more than a hung image's readers are likely to be
+_XATTRS = b"user.backupfs."
+_COMPLAINTS = 20  # of one file
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """An open file: its inode, and its content if that is at hand."""
+
+    inode: int
+    content: bytes | None
+
+
+class Complaints:
+    """Logs what went wrong: each error of a file once, and only the first 20. A damaged disk must not fill a log."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, set[object]] = {}
+
+    def say(self, subject: str, doing: str, error: Exception) -> None:
+        """Log that `doing` something to `subject` raised `error`."""
+        said = self._said.setdefault(subject, set())
+        where = (error.file, error.offset) if isinstance(error, Corrupt) else (type(error), str(error))
+        if where in said or len(said) >= _COMPLAINTS:
+            return
+        said.add(where)
+        expected = isinstance(error, BackupfsError)
+        log.error("%s: %s failed: %s", subject, doing, error or repr(error), exc_info=None if expected else error)
+        if len(said) == _COMPLAINTS:
+            log.error("%s: nothing more is logged about it", subject)
+
+
+def answers(
+    handler: Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]]:
+    """Let only FUSEError and trio.Cancelled out of a handler."""
+    takes_inode = handler.__code__.co_varnames[1].endswith("inode")  # not a file handle, or nothing
+
+    @functools.wraps(handler)
+    async def answer(self: "Operations", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await handler(self, *args, **kwargs)
+        except (pyfuse3.FUSEError, trio.Cancelled):
+            raise
+        except Stale as e:
+            raise pyfuse3.FUSEError(errno.ESTALE) from e
+        except NotFound as e:
+            raise pyfuse3.FUSEError(errno.ENOENT) from e
+        except Exception as e:
+            self.complaints.say(self.subject(args[0]) if takes_inode else "the mount", handler.__name__, e)
+            raise pyfuse3.FUSEError(errno.EIO) from e
+
+    return answer
+
+
+class Operations(pyfuse3.Operations):
+    """Answers for a tree.
+
+    Args:
+        tree: what there is.
+        background: for the checks of images; lives as long as the mount.
+        on_ready: called when the kernel has shaken hands: from then on the mount answers. Must not raise.
+    """
+
+    supports_dot_lookup = True
+    enable_writeback_cache = False
+
+    def __init__(self, tree: Tree, background: trio.Nursery, on_ready: Callable[[], None]) -> None:
+        super().__init__()
+        self.complaints = Complaints()
+        self.images = OpenImages(background, tree.describe, drop_pages)
+        self._abandoned = False
+        self._tree = tree
+        self._on_ready = on_ready
+        self._owner = os.geteuid(), os.getegid()
+        self._limiter = trio.CapacityLimiter(_CATALOGUE_CALLS)
+        self._handles = itertools.count(1)
+        self._files: dict[int, _Opened] = {}
+        self._folders: dict[int, tuple[int, list[Entry]]] = {}
+
+    def init(self) -> None:
+        self._on_ready()
+
+    def subject(self, inode: Any) -> str:
+        """Return the path of an inode, for messages."""
+        try:
+            return self._tree.describe(inode)
+        except NotFound:
+            return f"inode {inode}"
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether a thread may still be in the catalogue or in an image: they must not be closed then."""
+        return self._abandoned or self.images.abandoned
+
+    async def _ask(self, call: Callable[[*Ts], R], *args: *Ts) -> R:
+        try:
+            return await trio.to_thread.run_sync(call, *args, limiter=self._limiter, abandon_on_cancel=True)
+        except trio.Cancelled:
+            self._abandoned = True
+            raise
+
+    def _reply(self, attributes: Attributes) -> pyfuse3.EntryAttributes:
+        reply = pyfuse3.EntryAttributes()
+        reply.st_ino = attributes.inode
+        reply.generation = 0
+        reply.st_mode = attributes.mode
+        reply.st_nlink = attributes.nlink
+        reply.st_uid, reply.st_gid = self._owner
+        reply.st_size = attributes.size
+        reply.st_blocks = -(-attributes.allocated // 512)
+        reply.st_blksize = 65536
+        reply.st_atime_ns = reply.st_mtime_ns = reply.st_ctime_ns = attributes.time_ns
+        reply.attr_timeout = reply.entry_timeout = attributes.timeout_s
+        return reply
+
+    @answers
+    async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return self._reply(await self._ask(self._tree.lookup, parent_inode, name))
+
+    @answers
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return self._reply(await self._ask(self._tree.attributes, inode))
+
+    @answers
+    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+        return await self._ask(self._tree.target, inode)
+
+    @answers
+    async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
+        return True  # default_permissions: the kernel has looked at the mode already
+
+    @answers
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        usage = await self._ask(self._tree.catalogue.usage)
+        reply = pyfuse3.StatvfsData()
+        reply.f_bsize, reply.f_frsize = usage.f_bsize, usage.f_frsize
+        reply.f_blocks, reply.f_bfree, reply.f_bavail = usage.f_blocks, usage.f_bfree, usage.f_bavail
+        reply.f_files, reply.f_ffree, reply.f_favail = usage.f_files, usage.f_ffree, usage.f_favail
+        reply.f_namemax = 255
+        return reply
+
+    @answers
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        handle = next(self._handles)
+        self._folders[handle] = inode, []
+        return handle
+
+    @answers
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        # A cookie is a place in a listing that does not change: points may come and go in between. Reading from the
+        # start, as rewinddir does, takes a new one.
+        inode, entries = self._folders[fh]
+        if start_id == 0:
+            entries = await self._ask(self._tree.entries, inode)
+            self._folders[fh] = inode, entries
+        for cookie in range(start_id, len(entries)):
+            entry = entries[cookie]
+            if not pyfuse3.readdir_reply(token, entry.name, self._reply(entry.attributes), cookie + 1):
+                break
+
+    @answers
+    async def releasedir(self, fh: int) -> None:
+        del self._folders[fh]
+
+    @answers
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+            raise pyfuse3.FUSEError(errno.EROFS)
+        file = await self._ask(self._tree.file, inode)
+        if isinstance(file, DiskFile):
+            try:
+                await self.images.acquire(inode, file)
+            except NotFound as e:  # the name is there, so it is a part of the content that is missing
+                self.complaints.say(self.subject(inode), "open", e)
+                raise pyfuse3.FUSEError(errno.EIO) from e
+        handle = next(self._handles)
+        self._files[handle] = _Opened(inode, None if isinstance(file, DiskFile) else file.content)
+        # keep_cache: an inode number never stands for other content (tree.py).
+        return pyfuse3.FileInfo(fh=handle, keep_cache=True)
+
+    @answers
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        opened = self._files[fh]
+        if opened.content is not None:
+            return opened.content[off : off + size]
+        try:
+            # pyfuse3 takes any buffer: a copy of 1 MiB would only cost time.
+            return cast(bytes, await self.images.read(opened.inode, off, size))
+        except Exception as e:
+            self.complaints.say(self.subject(opened.inode), f"read of {size} bytes at {off}", e)
+            raise pyfuse3.FUSEError(errno.EIO) from e
+
+    @answers
+    async def release(self, fh: int) -> None:
+        opened = self._files.pop(fh)
+        if opened.content is None:
+            await self.images.release(opened.inode)
+
+    @answers
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        if name.startswith(_XATTRS):  # `ls -l` and `cp -a` ask for security.* and system.* of every file: no
+            value = (await self._xattrs(inode)).get(name)
+            if value is not None:
+                return value
+        raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
+
+    @answers
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
+        return list(await self._xattrs(inode))
+
+    async def _xattrs(self, inode: int) -> dict[bytes, bytes]:
+        try:
+            file = await self._ask(self._tree.file, inode)
+        except Stale:
+            return {}  # folders have none either
+        return {k.encode(): v for k, v in file.xattrs.items()} if isinstance(file, DiskFile) else {}
+
+
+async def _refuse(*_: Any) -> None:
+    raise pyfuse3.FUSEError(errno.EROFS)
+
+
+# The kernel refuses most of these itself on a read-only mount. pyfuse3's own answer, ENOSYS, would be a riddle.
+_CHANGES = "setattr mknod mkdir unlink rmdir symlink rename link create write setxattr removexattr"
+for _name in _CHANGES.split():
+    setattr(Operations, _name, _refuse)
+
+
+def drop_pages(inode: int) -> None:
+    """Make the kernel forget what it has cached of an inode. May block: never from a handler, only in a thread."""
+    with contextlib.suppress(OSError):  # ENOENT: the kernel does not know the inode any more
+        pyfuse3.invalidate_inode(inode)
+
+
+def attach(operations: Operations, device: int) -> None:
+    """Answer at `device`, an open /dev/fuse that is mounted already. libfuse closes it, in `detach`.
+
+    Source: libfuse's fuse_mnt_parse_fuse_fd: a mount point `/dev/fd/N` is taken as an open device.
+    """
+    pyfuse3.init(operations, f"/dev/fd/{device}", set())
+
+
+async def serve() -> None:
+    """Answer requests until the mount is taken away, or `stop` is called."""
+    await pyfuse3.main(max_tasks=_TASKS)
+
+
+def stop() -> None:
+    """Make `serve` return once the requests that are being answered are. On the trio thread."""
+    pyfuse3.terminate()
+
+
+def detach() -> None:
+    """Close the device. A mount that is still there is dead from now on."""
+    pyfuse3.close(unmount=False)

@@ -1,0 +1,130 @@
+"""A mount's life: mount, answer until somebody ends it, unmount. On the main thread of a process of its own.
+
+It ends well, and `run` returns, when the mount is taken away from outside, or on SIGTERM, SIGINT or SIGHUP, which take
+it away from inside. When it crashes, the mount is left there, dead (ENOTCONN): an empty folder in its place would make
+rsync delete a mirror. The next start cleans up (mountpoint.py).
+"""
+
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import trio
+
+from backupfs.errors import MountError
+from backupfs.fuse import mountpoint
+from backupfs.fuse.catalogue import Catalogue
+from backupfs.fuse.operations import Operations, attach, detach, serve, stop
+from backupfs.fuse.tree import Tree
+
+log = logging.getLogger(__name__)
+
+_GRACE_S = 5.0  # what a signal leaves the requests that are being answered
+
+# What the mount is anyway, and what mount(8) passes on by itself: "rw" for an fstab line that does not say "ro".
+_OPTIONS = """
+    ro rw nosuid suid nodev dev noexec exec default_permissions defaults sync async lazytime nolazytime silent loud
+    atime noatime diratime nodiratime relatime norelatime strictatime nostrictatime mand nomand
+    auto noauto nofail user nouser users owner group _netdev
+"""
+_WITHOUT_EFFECT = frozenset(_OPTIONS.split())
+_PREFIXES_WITHOUT_EFFECT = ("x-", "X-", "comment=")
+
+
+def check_options(options: Sequence[str]) -> bool:
+    """Check what came with `-o`; each may be a list with commas. Return whether `allow_other` is among it.
+
+    Raises:
+        MountError: an option is not known.
+    """
+    allow_other = False
+    for option in (part for text in options for part in text.split(",") if part):
+        if option == "allow_other":
+            allow_other = True
+        elif option not in _WITHOUT_EFFECT and not option.startswith(_PREFIXES_WITHOUT_EFFECT):
+            raise MountError(f"mount option {option!r} is not known; what there is to choose is allow_other")
+    return allow_other
+
+
+def run(catalogue: Catalogue, path: str, *, source: str, allow_other: bool, on_ready: Callable[[], None]) -> bool:
+    """Mount the catalogue at `path` and answer until the mount ends.
+
+    Args:
+        catalogue: what to show.
+        path: a folder.
+        source: what `mount` and `df` show as the device.
+        allow_other: let other users in.
+        on_ready: called once, when the mount answers. When it raises OSError the mount ends.
+
+    Returns:
+        Whether all calls of the catalogue and of its images have returned. If not, a thread hangs in one, and nothing
+        that they use may be closed.
+
+    Raises:
+        MountError: it can't be mounted, or it ended for no good reason.
+    """
+    path = mountpoint.resolve(path)
+    mountpoint.prepare(path)
+    return trio.run(_live, catalogue, path, source, allow_other, on_ready)
+
+
+async def _live(catalogue: Catalogue, path: str, source: str, allow_other: bool, on_ready: Callable[[], None]) -> bool:
+    tree = Tree(catalogue, readable_by_all=allow_other)
+    # The signals first: one that comes between mount(2) and here would leave a dead mount.
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        device = mountpoint.open_device(path, source, allow_other=allow_other)
+        mounted = mountpoint.find(path)
+        attached = False
+        try:
+            async with trio.open_nursery() as nursery:
+
+                def ready() -> None:
+                    try:
+                        on_ready()
+                    except OSError as e:
+                        log.error("%s: who started the mount is gone (%s); unmounting", path, e)
+                        os.kill(os.getpid(), signal.SIGTERM)
+
+                operations = Operations(tree, nursery, ready)
+                attach(operations, device)
+                attached = True
+                nursery.start_soon(_end_on_signal, signals, path, mounted, nursery.cancel_scope)
+                await serve()
+                nursery.cancel_scope.cancel()
+        except Exception as e:
+            log.exception("%s: the mount has crashed", path)
+            raise MountError(f"{path}: the mount has crashed: {e!r}") from e
+        finally:
+            if attached:
+                detach()
+            else:
+                os.close(device)
+    return not operations.abandoned
+
+
+async def _end_on_signal(
+    signals: AsyncIterator[int], path: str, mounted: mountpoint.Mounted | None, everything: trio.CancelScope
+) -> None:
+    async for number in signals:
+        log.info("%s: %s: unmounting", path, signal.Signals(number).name)
+        break
+    # Requests go on being answered meanwhile: unmounting must never wait for ourselves.
+    await trio.to_thread.run_sync(_detach_ours, path, mounted)
+    stop()
+    with trio.move_on_after(_GRACE_S):
+        async for _ in signals:
+            break  # a second one: no grace
+    log.warning("%s: requests are still being answered; leaving them", path)
+    everything.cancel()
+
+
+def _detach_ours(path: str, mounted: mountpoint.Mounted | None) -> None:
+    """Take our mount away unless somebody did, or mounted something over it."""
+    now = mountpoint.find(path)
+    if now is None or mounted is None or now.mount_id != mounted.mount_id:
+        return
+    try:
+        mountpoint.detach(path)
+    except MountError as e:
+        log.warning("%s", e)

@@ -1,0 +1,310 @@
+"""The tree that a mount shows: names, inode numbers, attributes. No pyfuse3, no trio; testable without a mount.
+
+    /                          Root
+    /VM/                       VmFolder
+    /VM/latest -> POINT        LatestLink
+    /VM/POINT/                 PointFolder
+    /VM/POINT/DISK.raw         File
+    /VM/POINT/point.json       File
+
+Every method of Tree may be called from any thread, from several at once, and may block, because the Catalogue does.
+
+An inode number stands for one Node for as long as the mount lives. A File's node holds the version of its content, so
+an edited `point.json`, or a point that was deleted and made again under the same id, gets another number: the kernel's
+page cache of the old number can't show through. Nothing of a point's content is kept here.
+"""
+
+import hashlib
+import stat
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from backupfs.errors import NotFound
+from backupfs.fuse.catalogue import Catalogue, DiskFile, TextFile
+
+ROOT_INODE = 1
+LATEST = b"latest"
+
+FILE_TIMEOUT_S = 300.0
+"""How long the kernel may believe a disk's attributes and name: its content never changes."""
+FRESH_TIMEOUT_S = 1.0
+"""The same for what changes while mounted: folders grow, `latest` moves, `point.json` is edited."""
+
+_INODES = 1 << 52  # a number below 2^53 survives programs that keep it in a double, JSON for one
+
+
+class Stale(NotFound):
+    """What an inode number stood for is gone, or has other content now: the name has to be looked up again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """The mount's own folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class VmFolder:
+    """The folder of a VM."""
+
+    vm: str
+
+
+@dataclass(frozen=True, slots=True)
+class LatestLink:
+    """The link to a VM's newest point."""
+
+    vm: str
+
+
+@dataclass(frozen=True, slots=True)
+class PointFolder:
+    """The folder of a point."""
+
+    vm: str
+    point: str
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file in a point's folder, with all that stat(2) tells of it."""
+
+    vm: str
+    point: str
+    name: str
+    version: str
+    size: int
+    allocated: int
+    time_ns: int
+    timeout_s: float
+
+
+Node = Root | VmFolder | LatestLink | PointFolder | File
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """What stat(2) answers, but for the owner."""
+
+    inode: int
+    mode: int
+    nlink: int
+    size: int
+    allocated: int
+    time_ns: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A name in a folder."""
+
+    name: bytes
+    attributes: Attributes
+
+
+def hash_node(node: Node) -> int:
+    """Return the inode number that a node gets if no other has it: the same in every mount."""
+    digest = hashlib.blake2b(repr(node).encode(errors="surrogatepass"), digest_size=8).digest()
+    return ROOT_INODE + 1 + int.from_bytes(digest, "little") % (_INODES - ROOT_INODE - 1)
+
+
+class Inodes:
+    """Numbers for nodes. Given once, a number is never given again: the table only grows.
+
+    It stays small: some 500 bytes for each name that was looked at, so FORGET can be dropped.
+    """
+
+    def __init__(self, first_choice: Callable[[Node], int] = hash_node) -> None:
+        self._first_choice = first_choice
+        self._lock = threading.Lock()
+        self._nodes: dict[int, Node] = {ROOT_INODE: Root()}
+
+    def number(self, node: Node) -> int:
+        """Return the node's number."""
+        inode = ROOT_INODE if isinstance(node, Root) else self._first_choice(node)
+        with self._lock:
+            # Nothing is ever taken out, so the same steps lead to the same place again.
+            while self._nodes.setdefault(inode, node) != node:
+                inode = inode + 1 if inode + 1 < _INODES else ROOT_INODE + 1
+        return inode
+
+    def node(self, inode: int) -> Node:
+        """Return what a number stands for.
+
+        Raises:
+            Stale: nothing; the number is from an earlier mount, through NFS for example.
+        """
+        try:
+            return self._nodes[inode]
+        except KeyError:
+            raise Stale(f"no inode {inode} in this mount") from None
+
+
+def component(name: str) -> bytes | None:
+    """Return a name as the kernel wants it, or None when it can't be a name in a folder."""
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        return None
+    try:
+        return name.encode()
+    except UnicodeEncodeError:
+        return None
+
+
+class Tree:
+    """The tree over a catalogue.
+
+    Args:
+        catalogue: what there is.
+        readable_by_all: whether others than the owner may read.
+    """
+
+    def __init__(self, catalogue: Catalogue, *, readable_by_all: bool = False, inodes: Inodes | None = None) -> None:
+        self.catalogue = catalogue
+        self.inodes = inodes or Inodes()
+        self._folder_mode = stat.S_IFDIR | (0o555 if readable_by_all else 0o500)
+        self._file_mode = stat.S_IFREG | (0o444 if readable_by_all else 0o400)
+
+    def lookup(self, parent: int, name: bytes) -> Attributes:
+        """Return the attributes of `name` in the folder `parent`.
+
+        Raises:
+            NotFound: there is no such name.
+        """
+        folder = self.inodes.node(parent)
+        if name in (b".", b".."):  # asked by the kernel's NFS server
+            return self._attributes(folder if name == b"." else _parent(folder))
+        try:
+            text = name.decode()
+        except UnicodeDecodeError:
+            raise NotFound(f"no name {name!r} here") from None
+        match folder:
+            case Root():
+                if text in self.catalogue.vms():
+                    return self._attributes(VmFolder(text))
+            case VmFolder(vm):
+                return self._attributes(LatestLink(vm) if name == LATEST else PointFolder(vm, text))
+            case PointFolder(vm, point):
+                for file in self._files(vm, point):
+                    if file.name == text:
+                        return self._attributes(file)
+        raise NotFound(f"no name {text!r} here")
+
+    def attributes(self, inode: int) -> Attributes:
+        """Return the attributes of what an inode number stands for. Raises NotFound."""
+        return self._attributes(self.inodes.node(inode))
+
+    def entries(self, inode: int) -> list[Entry]:
+        """Return everything in a folder, as it is now, `.` and `..` first. Raises NotFound."""
+        folder = self.inodes.node(inode)
+        found = [Entry(b".", self._attributes(folder)), Entry(b"..", self._attributes(_parent(folder)))]
+        match folder:
+            case Root():
+                found += (self._entry(vm, VmFolder(vm)) for vm in self._vms())
+            case VmFolder(vm):
+                points = self._points(vm)
+                if points:
+                    found.append(Entry(LATEST, self._link(LatestLink(vm), points)))
+                found += (Entry(p.encode(), self._point_folder(PointFolder(vm, p), t)) for p, t in points.items())
+            case PointFolder(vm, point):
+                found += (self._entry(file.name, file) for file in self._files(vm, point))
+        return found
+
+    def target(self, inode: int) -> bytes:
+        """Return what a link points to. Raises NotFound."""
+        link = self.inodes.node(inode)
+        if not isinstance(link, LatestLink):
+            raise NotFound(f"{self.describe(inode)} is no link")
+        return _newest(link.vm, self._points(link.vm)).encode()
+
+    def file(self, inode: int) -> DiskFile | TextFile:
+        """Return a file's content.
+
+        Raises:
+            Stale: the point is gone, or the file's content is another now.
+        """
+        node = self.inodes.node(inode)
+        if isinstance(node, File):
+            try:
+                entry = self.catalogue.point(node.vm, node.point)
+            except NotFound as e:
+                raise Stale(str(e)) from e
+            for file in entry.files:
+                if file.name == node.name and file.version == node.version:
+                    return file
+        raise Stale(f"{self.describe(inode)} is not what it was")
+
+    def describe(self, inode: int) -> str:
+        """Return the path in the tree, for messages."""
+        match self.inodes.node(inode):
+            case VmFolder(vm):
+                return vm
+            case LatestLink(vm):
+                return f"{vm}/{LATEST.decode()}"
+            case PointFolder(vm, point):
+                return f"{vm}/{point}"
+            case File(vm, point, name):
+                return f"{vm}/{point}/{name}"
+        return "/"
+
+    def _vms(self) -> list[str]:
+        return [vm for vm in self.catalogue.vms() if component(vm)]
+
+    def _points(self, vm: str) -> dict[str, int]:
+        return {point: time_ns for point, time_ns in self.catalogue.points(vm).items() if component(point)}
+
+    def _files(self, vm: str, point: str) -> Iterator[File]:
+        entry = self.catalogue.point(vm, point)
+        for f in entry.files:
+            if component(f.name):
+                timeout_s = FILE_TIMEOUT_S if isinstance(f, DiskFile) else FRESH_TIMEOUT_S
+                yield File(vm, point, f.name, f.version, f.size, f.allocated, entry.time_ns, timeout_s)
+
+    def _entry(self, name: str, node: Node) -> Entry:
+        return Entry(name.encode(), self._attributes(node))
+
+    def _attributes(self, node: Node) -> Attributes:
+        match node:
+            case File():
+                number = self.inodes.number(node)
+                return Attributes(number, self._file_mode, 1, node.size, node.allocated, node.time_ns, node.timeout_s)
+            case PointFolder(vm, point):
+                # Not by listing the VM: `find` over 10,000 points would list 10,000 points 10,000 times.
+                return self._point_folder(node, self.catalogue.point(vm, point).time_ns)
+            case LatestLink(vm):
+                return self._link(node, self._points(vm))
+            case VmFolder(vm):
+                times = self._points(vm).values()
+                return self._folder(node, len(times), max(times, default=0))
+            case Root():
+                vms = self._vms()
+                newest = max((t for vm in vms for t in self._points(vm).values()), default=0)
+                return self._folder(node, len(vms), newest)
+
+    def _point_folder(self, node: PointFolder, time_ns: int) -> Attributes:
+        return self._folder(node, 0, time_ns)
+
+    def _folder(self, node: Node, folders_inside: int, time_ns: int) -> Attributes:
+        number = self.inodes.number(node)
+        return Attributes(number, self._folder_mode, 2 + folders_inside, 0, 0, time_ns, FRESH_TIMEOUT_S)
+
+    def _link(self, node: LatestLink, points: Mapping[str, int]) -> Attributes:
+        newest = _newest(node.vm, points)
+        mode = stat.S_IFLNK | 0o777
+        return Attributes(self.inodes.number(node), mode, 1, len(newest.encode()), 0, points[newest], FRESH_TIMEOUT_S)
+
+
+def _parent(node: Node) -> Node:
+    match node:
+        case File(vm, point):
+            return PointFolder(vm, point)
+        case PointFolder(vm) | LatestLink(vm):
+            return VmFolder(vm)
+    return Root()
+
+
+def _newest(vm: str, points: Mapping[str, int]) -> str:
+    try:
+        return next(reversed(list(points)))
+    except StopIteration:
+        raise NotFound(f"VM {vm!r} has no points") from None

@@ -1,0 +1,176 @@
+"""Show a repository as a tree of files, and take that away again.
+
+`mount` answers requests in this process (foreground), or in a child that it starts (background.py). A crash, or a
+kill -9, leaves a dead mount (ENOTCONN), which the next `mount` or `unmount` there takes away. On the main thread.
+"""
+
+import logging
+import os
+import resource
+from collections.abc import Callable, Mapping, Sequence
+
+from backupfs.errors import BackupfsError, MountError, NotFound
+from backupfs.fuse import mountpoint as places
+from backupfs.fuse import session
+from backupfs.fuse.catalogue import DiskFile, PointEntry, TextFile
+from backupfs.image import Image
+from backupfs.repository.manifest import DiskEntry
+from backupfs.repository.point import PointImage
+from backupfs.repository.repository import Repository
+from backupfs.services import background
+from backupfs.units import parse_time
+
+log = logging.getLogger(__name__)
+
+
+class RepositoryCatalogue:
+    """What a repository has to show. From any thread."""
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+
+    def vms(self) -> Sequence[str]:
+        """Return the names of the VMs."""
+        return self._repository.vms()
+
+    def points(self, vm: str) -> Mapping[str, int]:
+        """Return a VM's points, oldest first, with their times."""
+        return {point: time_of(point) for point in self._repository.points(vm)}
+
+    def point(self, vm: str, point: str) -> PointEntry:
+        """Return the files of a point. Raises NotFound, Corrupt."""
+        manifest = self._repository.manifest(vm, point)
+        files: list[DiskFile | TextFile] = [self._disk(vm, point, disk) for disk in manifest.disks]
+        files.append(TextFile("point.json", self._repository.manifest_json(vm, point)))
+        if manifest.domain_xml is not None:
+            files.append(TextFile("domain.xml", manifest.domain_xml.encode()))
+        return PointEntry(time_of(point), files)
+
+    def usage(self) -> os.statvfs_result:
+        """Return the use of the file system that the repository is on."""
+        return os.statvfs(self._repository.path)
+
+    def _disk(self, vm: str, point: str, disk: DiskEntry) -> DiskFile:
+        facts = {"vm": vm, "point": point, "disk": disk.name, "kind": disk.kind, "chain": disk.chain}
+        facts |= {"data_bytes": str(disk.data_bytes), "digest": disk.digest}
+
+        def open_image() -> Image:
+            image = self._repository.open_image(vm, point, disk.name)
+            # The point may have been deleted, and another made under its id, since `disk` was read.
+            if _version(self._repository.manifest(vm, point).disk(disk.name)) != _version(disk):
+                image.close()
+                raise NotFound(f"{vm}/{point}/{disk.name} is another now")
+            return image
+
+        return DiskFile(
+            name=f"{disk.name}.raw",
+            size=disk.size,
+            allocated=disk.allocated_bytes,
+            version=_version(disk),
+            xattrs={f"user.backupfs.{name}": value.encode() for name, value in facts.items()},
+            open=open_image,
+            check=_check_map,
+        )
+
+
+def _version(disk: DiskEntry | None) -> str:
+    return f"{disk.layer_id} {disk.digest} {disk.size}" if disk else ""
+
+
+def _check_map(image: Image) -> None:
+    if isinstance(image, PointImage):
+        image.check_map()
+
+
+def time_of(point: str) -> int:
+    """Return the moment that a point's id names, in ns; the id is the UTC time, `-2` and on in a crowded second.
+
+    The manifest has it too, but listing 10,000 points must not read 10,000 manifests.
+    """
+    return int(parse_time(point.partition("-")[0]).timestamp()) * 10**9
+
+
+def mount(repository: str, mountpoint: str, *, foreground: bool, allow_other: bool, options: Sequence[str]) -> None:
+    """Show a repository at a folder.
+
+    Args:
+        repository: its path.
+        mountpoint: a folder.
+        foreground: answer requests in this process, until the mount is taken away; otherwise in another one, and
+            return as soon as it answers.
+        allow_other: let other users read it too.
+        options: as mount(8) gives them with `-o`; checked, and dropped if they say what is so anyway.
+
+    Raises:
+        NotFound, UnsupportedFormat, Corrupt: the repository can't be opened.
+        MountError: it can't be mounted, or the mount has crashed.
+    """
+    repository, mountpoint = os.path.abspath(repository), os.path.abspath(mountpoint)
+    allow_other = session.check_options(options) or allow_other
+    if foreground:
+        _run(repository, mountpoint, allow_other)
+    else:
+        _start(repository, mountpoint, allow_other)
+
+
+def unmount(mountpoint: str) -> None:
+    """Take a mount away, a dead one too; it is gone when this returns.
+
+    Raises:
+        MountError: nothing of ours is mounted there, or it is in use.
+    """
+    places.take_away(mountpoint)
+
+
+def _start(repository: str, path: str, allow_other: bool) -> None:
+    arguments = ["-r", repository, "mount", "--foreground", *(["--allow-other"] if allow_other else []), path]
+    try:
+        background.start(arguments)
+    except background.Died as e:
+        path = places.resolve(path)
+        mounted = places.find(path)
+        if mounted and mounted.file_system == places.FILE_SYSTEM and places.is_dead(path):
+            places.detach(path)
+        raise MountError(f"{path}: {e}") from e
+
+
+def _run(repository: str, path: str, allow_other: bool) -> None:
+    parent = background.waiting_parent()
+    if parent:
+        background.log_to_file(path)
+        os.chdir("/")  # so that no file system is kept busy
+    else:
+        logging.basicConfig(format="backupfs: %(levelname)s: %(message)s", level=logging.INFO)
+    try:
+        _answer(repository, path, allow_other, parent.ready if parent else lambda: None)
+    except BackupfsError as e:
+        if parent:
+            log.error("%s", e)
+            parent.failed(e)
+        raise
+
+
+def _answer(repository: str, path: str, allow_other: bool, on_ready: Callable[[], None]) -> None:
+    _raise_file_limit()  # before the repository looks at it
+    opened = Repository.open(repository)
+
+    def ready() -> None:
+        log.info("%s is mounted at %s", repository, path)
+        on_ready()
+
+    source = f"backupfs:{repository}"
+    catalogue = RepositoryCatalogue(opened)
+    # When this raises, the process is about to end, and a thread may still be in the repository: it stays open.
+    all_returned = session.run(catalogue, path, source=source, allow_other=allow_other, on_ready=ready)
+    log.info("%s: unmounted", path)
+    if not all_returned:
+        # A thread hangs in a read. Closing LMDB under it would crash; waiting for it might be for ever.
+        logging.shutdown()
+        os._exit(0)
+    opened.close()
+
+
+def _raise_file_limit() -> None:
+    """Let this process open as many files as it may: a repository keeps its layers open."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,283 @@
+"""The connections to one NBD export, and the requests in flight on them. The only `import nbd`.
+
+All methods of a Wire may be called from any thread and from several; the thread that waits for something drives all
+connections, and finishes the others' requests on its way. libnbd never blocks here: it is only asked to do what poll(2)
+says it can. A connection that is cut, or silent for `timeout_s`, ends the wire: every later call raises.
+"""
+
+import errno
+import functools
+import io
+import json
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import nbd
+
+from backupfs.errors import ConnectError, ProtocolError, SourceError
+from backupfs.units import MiB
+
+_CONNECTIONS = 4  # as nbdcopy; more gain nothing
+_MAX_REQUEST = 32 * MiB  # what every server takes that does not say. Source: NBD proto.md, block size constraints
+_SLICE_S = 0.1  # how long the lock is held while waiting, so that close() from another thread gets it
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A range that was asked for. When it is answered, or has failed, it is put into `done`.
+
+    Attributes:
+        offset, length: in bytes, aligned to `Wire.unit` or ending where the export does.
+        data: the memory that a read goes to; the answer is not looked at, so it holds anything when there is `error`.
+        text: what block status was answered, see `Wire.ask_status` and `answers`.
+        error: the errno of what the server answered, or None.
+    """
+
+    offset: int
+    length: int
+    done: "deque[Request]"
+    data: memoryview | None = None
+    text: io.StringIO = field(default_factory=io.StringIO)
+    error: int | None = None
+
+    def answers(self) -> dict[str, list[int]]:
+        """Return what block status was answered: for each context length, flags, length, flags, ..."""
+        values = self.text.getvalue().split("\0")
+        return {context: json.loads(numbers) for context, numbers in zip(values[::4], values[2::4], strict=False)}
+
+
+class _Connection:
+    """One libnbd handle, and what is in flight on it by libnbd's cookie."""
+
+    def __init__(self, uri: str, contexts: Iterable[str]) -> None:
+        self.handle = nbd.NBD()
+        self.requests: dict[int, Request] = {}
+        self.load = 0  # bytes
+        self.handle.set_uri_allow_local_file(True)  # the URI of a TLS server names certificates or a key file
+        for context in contexts:
+            self.handle.add_meta_context(context)
+        # Requests are aligned here; whether the last bytes of a disk that is no multiple can be read the server says.
+        self.handle.set_strict_mode(self.handle.get_strict_mode() & ~nbd.STRICT_ALIGN)
+        # Every completion's error is looked at (CVE-2022-0485), so clearing each buffer first gains nothing.
+        self.handle.set_pread_initialize(False)
+        self.handle.aio_connect_uri(uri)
+
+    def notify(self, events: int) -> None:
+        """Let libnbd do what the socket is ready for. Raises nbd.Error when the connection is lost."""
+        direction = self.handle.aio_get_direction()
+        if events & ~select.POLLOUT and direction & nbd.AIO_DIRECTION_READ:
+            self.handle.aio_notify_read()
+        elif events & ~select.POLLIN and direction & nbd.AIO_DIRECTION_WRITE:
+            self.handle.aio_notify_write()
+        if self.handle.aio_is_dead() or self.handle.aio_is_closed():
+            raise nbd.Error("the server closed the connection", errno.ENOTCONN)
+
+    def add(self, cookie: int, request: Request) -> None:
+        self.requests[cookie] = request
+        self.load += request.length
+
+    def collect(self) -> None:
+        """Put finished requests into their `done`.
+
+        By cookie, not by completion callbacks: libnbd prints and forgets an exception in a callback, Ctrl-C too.
+        """
+        while self.requests:
+            cookie = self.handle.aio_peek_command_completed()
+            if cookie <= 0:
+                return
+            request = self.requests.pop(cookie)
+            self.load -= request.length
+            try:
+                self.handle.aio_command_completed(cookie)
+            except nbd.Error as e:
+                request.error = e.errnum
+            request.done.append(request)
+
+
+class Wire:
+    """All connections to one export.
+
+    The first is made at once; more join in as they get ready, since a server may promise them (multi-conn) and then
+    let them wait in its backlog for ever.
+
+    Args:
+        uri: where to.
+        contexts: the metadata contexts to ask for.
+        name: what messages call the export.
+        timeout_s: how long the server may be silent. libnbd asks a name server before, and waits for that one.
+
+    Attributes:
+        size: of the export, bytes.
+        unit: what offsets and lengths have to be multiples of.
+        maximum: bytes in a request.
+
+    Raises:
+        ConnectError: no connection.
+        ProtocolError: the size is none.
+    """
+
+    def __init__(self, uri: str, contexts: Iterable[str], name: str, timeout_s: float) -> None:
+        self._uri = uri
+        self._name = name
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._failure: SourceError | None = None
+        self._progress = 0.0  # when something came last, on time.monotonic's clock; whichever thread saw it
+        self._joining: list[_Connection] = []
+        self._ready: list[_Connection] = []
+        try:
+            first = _Connection(uri, contexts)
+        except nbd.Error as e:
+            raise ConnectError(f"{name}: can't connect: {_reason(e)}") from e
+        self._handshake(first)
+        self._ready.append(first)
+        try:
+            self.size = int(first.handle.get_size())
+        except nbd.Error as e:
+            raise ProtocolError(f"{name}: the server says an impossible size: {_reason(e)}") from e
+        self.unit = int(first.handle.get_block_size(nbd.SIZE_MINIMUM)) or 1
+        self.maximum = int(first.handle.get_block_size(nbd.SIZE_MAXIMUM)) or _MAX_REQUEST
+        if first.handle.can_multi_conn():
+            self._widen()
+
+    def offers(self, context: str) -> bool:
+        """Say whether the server answers block status for a metadata context that was asked for."""
+        return bool(self._ready[0].handle.can_meta_context(context))
+
+    def _handshake(self, connection: _Connection) -> None:
+        poller = select.poll()
+        deadline = time.monotonic() + self._timeout_s
+        handle = connection.handle
+        while not handle.aio_is_ready():
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise ConnectError(f"no answer from {self._name} for {self._timeout_s:g} s")
+            try:
+                fd = handle.aio_get_fd()
+                poller.register(fd, _events(handle))
+                for _, events in poller.poll(left_s * 1000):
+                    connection.notify(events)
+                poller.unregister(fd)
+            except nbd.Error as e:
+                raise ConnectError(f"{self._name}: can't connect: {_reason(e)}") from e
+
+    def _widen(self) -> None:
+        for _ in range(_CONNECTIONS - 1):
+            try:
+                self._joining.append(_Connection(self._uri, ()))
+            except nbd.Error:
+                return
+
+    def ask_read(self, request: Request) -> None:
+        """Send a read of `request.data`'s length to the connection that has least to do."""
+        with self._lock:
+            self._check()
+            connection = min(self._ready, key=lambda c: c.load)
+            try:
+                # The memory itself: libnbd 1.14 never lets go of what it is given inside an nbd.Buffer.
+                cookie = connection.handle.aio_pread(request.data, request.offset)
+            except nbd.Error as e:
+                raise self._fail(e) from e
+            connection.add(cookie, request)
+
+    def ask_status(self, request: Request) -> None:
+        """Send a block-status request, on the first connection: the only one with metadata contexts.
+
+        The answers are written as text, every value ended by a NUL: the callback has to be a C function, because in one
+        of Python's a Ctrl-C would be raised, which libnbd prints and forgets. `print` is one that takes what comes.
+        """
+        with self._lock:
+            self._check()
+            answer = functools.partial(print, sep="\0", end="\0", file=request.text)
+            try:
+                cookie = self._ready[0].handle.aio_block_status(request.length, request.offset, answer)
+            except nbd.Error as e:
+                raise self._fail(e) from e
+            self._ready[0].add(cookie, request)
+
+    def wait(self, done: "deque[Request]") -> None:
+        """Drive all connections until a request is in `done`.
+
+        Raises:
+            ConnectError: nothing at all came for `timeout_s`, or a connection was cut.
+            ProtocolError: the server broke the protocol.
+        """
+        began = time.monotonic()
+        while not done:
+            with self._lock:
+                self._check()
+                if self._step():
+                    self._progress = time.monotonic()
+                elif time.monotonic() > max(began, self._progress) + self._timeout_s:
+                    silent = ConnectError(f"no answer from {self._name} for {self._timeout_s:g} s")
+                    self._drop(silent)
+                    raise silent
+
+    def _step(self) -> bool:
+        """Poll once. Returns whether a connection with something in flight got on."""
+        self._welcome()
+        connections = {c.handle.aio_get_fd(): c for c in (*self._ready, *self._joining)}
+        poller = select.poll()
+        for fd, connection in connections.items():
+            poller.register(fd, _events(connection.handle))
+        progress = False
+        for fd, events in poller.poll(_SLICE_S * 1000):
+            connection = connections[fd]
+            try:
+                connection.notify(events)
+                progress = progress or bool(connection.requests)
+                connection.collect()
+            except nbd.Error as e:
+                if connection in self._ready:
+                    raise self._fail(e) from e
+                self._joining.remove(connection)
+        return progress
+
+    def _welcome(self) -> None:
+        for connection in [c for c in self._joining if c.handle.aio_is_ready()]:
+            self._joining.remove(connection)
+            if connection.handle.get_size() == self.size:
+                self._ready.append(connection)
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise type(self._failure)(str(self._failure))  # a new one: threads must not share a traceback
+
+    def _fail(self, e: nbd.Error) -> SourceError:
+        """Give up all connections because of `e`; return what to raise."""
+        kind = ProtocolError if e.errnum == errno.EPROTO else ConnectError
+        failure = kind(f"{self._name}: connection lost: {_reason(e)}")
+        self._drop(failure)
+        return failure
+
+    def _drop(self, failure: SourceError) -> None:
+        self._failure = self._failure or failure
+        self._ready, self._joining = [], []
+
+    def close(self) -> None:
+        """Say good-bye without waiting for an answer."""
+        # Another thread that waits holds the lock again and again; it stops at this.
+        self._failure = self._failure or ConnectError(f"{self._name}: closed")
+        with self._lock:
+            for connection in self._ready:
+                if not connection.requests and connection.handle.aio_is_ready():
+                    try:
+                        connection.handle.aio_disconnect()
+                    except nbd.Error:
+                        continue  # the server went first
+            self._drop(self._failure)
+
+
+def _events(handle: nbd.NBD) -> int:
+    direction = handle.aio_get_direction()
+    reading = select.POLLIN if direction & nbd.AIO_DIRECTION_READ else 0
+    return reading | (select.POLLOUT if direction & nbd.AIO_DIRECTION_WRITE else 0)
+
+
+def _reason(e: nbd.Error) -> str:
+    """Return what libnbd says without the name of its function."""
+    return str(e.string).partition(": ")[2] or str(e.string)

@@ -1,0 +1,207 @@
+"""An offline image in a file or a block device, of any format that qemu-img knows, served by a qemu-nbd child.
+
+The child lives as long as the source. It goes away with close(), with its last connection, and with this process,
+however that ends. The socket's folder is removed as soon as the connections are made.
+"""
+
+import json
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+from urllib.parse import quote
+
+from backupfs.errors import ConnectError, SourceError, UsageError
+from backupfs.sources.export import NbdSource
+
+# Run by sh, as `sh -c … sh PARENT command…`: takes the listening socket that is its stdin to descriptor 3, as systemd's
+# socket activation wants it. A parent that died before setpriv asked for the signal is found out by its number.
+_START = 'test "$PPID" = "$1" && shift && exec 3<&0 0</dev/null && LISTEN_FDS=1 LISTEN_PID=$$ exec "$@"'
+_PATH_LIMIT = 107  # bytes in the path of a UNIX socket. Source: unix(7)
+_LOCKED = "Is another process using the image"  # QEMU's words, since 2.10
+
+
+class FileSource(NbdSource):
+    """An image file. Made by `open_image` only."""
+
+    def __init__(self, uri: str, bitmap: str | None, timeout_s: float, path: str, child: "_Child") -> None:
+        super().__init__(uri, bitmap, timeout_s, description=path)
+        self._child = child
+
+    def close(self) -> None:
+        """See `Image.close`."""
+        super().close()
+        self._child.stop()
+
+
+def open_image(path: str, bitmap: str | None, timeout_s: float) -> FileSource:
+    """Open an image that no virtual machine uses at the moment; backing files are read through.
+
+    Args:
+        path: a file or a block device. Never a protocol of QEMU's, whatever it looks like.
+        bitmap: a persistent bitmap of a qcow2 file. It is not used, and `bitmap_problem` says why, if there is none of
+            that name, if it was not saved, or if it does not record.
+        timeout_s: for qemu-img, for qemu-nbd to be ready, and for each answer.
+
+    Raises:
+        ConnectError: it can't be opened: the message says why.
+    """
+    full = path if path.startswith("/") else os.path.join(os.getcwd(), path)
+    size = _file_size(path, full)
+    info = _image_info(path, full, timeout_s)
+    problem = None if bitmap is None else _bitmap_problem(info, bitmap)
+    used = None if problem else bitmap
+    with _listening() as (listener, address):
+        child = _Child(_command(full, info["format"], used), listener)
+        try:
+            source = FileSource(f"nbd+unix:///?socket={quote(address)}", used, timeout_s, path, child)
+        except BaseException as e:
+            words = child.stop()
+            if isinstance(e, SourceError):
+                raise ConnectError(f"{path}: qemu-nbd does not serve it: {words or e}") from e
+            raise
+    source.format = info["format"]
+    source.bitmap_problem = problem or source.bitmap_problem
+    if source.format == "raw" and size is not None:
+        source.size = min(source.size, size)  # QEMU rounds up to whole sectors of 512 bytes
+    return source
+
+
+def _file_size(path: str, full: str) -> int | None:
+    """Return a file's length, None for a block device. Raises ConnectError for anything else."""
+    try:
+        status = os.stat(full)
+    except OSError as e:
+        raise ConnectError(f"{path}: {e.strerror}") from e
+    except ValueError as e:  # a NUL in it
+        raise UsageError(f"{path!r} is not a path: {e}") from e
+    if stat.S_ISDIR(status.st_mode):
+        raise ConnectError(f"{path}: is a folder, not a disk image")
+    if stat.S_ISBLK(status.st_mode):
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        raise ConnectError(f"{path}: is neither a file nor a block device")
+    if status.st_size == 0:
+        raise ConnectError(f"{path}: is empty")
+    return status.st_size
+
+
+def _image_info(path: str, full: str, timeout_s: float) -> dict[str, Any]:
+    """Return what qemu-img says about an image. Not with --force-share: an image in use is refused here."""
+    try:
+        done = subprocess.run(
+            ["qemu-img", "info", "--output=json", "--", full], capture_output=True, timeout=timeout_s, check=False
+        )
+    except FileNotFoundError as e:
+        raise ConnectError("qemu-img is not installed: install the package qemu-utils") from e
+    except subprocess.TimeoutExpired as e:
+        raise ConnectError(f"{path}: qemu-img did not look at it within {timeout_s:g} s") from e
+    if done.returncode:
+        words = done.stderr.decode(errors="replace").strip()
+        if _LOCKED in words:
+            raise ConnectError(
+                f"{path}: in use by another process, likely a running virtual machine; back that up through QMP, "
+                "libvirt or its NBD export, or shut it down"
+            )
+        raise ConnectError(f"{path}: {words.removeprefix('qemu-img: ')}")
+    info: dict[str, Any] = json.loads(done.stdout.decode(errors="replace"))
+    return info
+
+
+def _bitmap_problem(info: dict[str, Any], bitmap: str) -> str | None:
+    """Say why a bitmap can't be trusted, or None. Source: qapi/block-core.json, Qcow2BitmapInfo."""
+    if info["format"] != "qcow2":
+        return f"a {info['format']} image has no dirty bitmaps"
+    found = info.get("format-specific", {}).get("data", {}).get("bitmaps", [])
+    flags = next((b["flags"] for b in found if b["name"] == bitmap), None)
+    if flags is None:
+        return f"the image has no dirty bitmap {bitmap!r}"
+    if "in-use" in flags:
+        return f"the dirty bitmap {bitmap!r} is inconsistent: QEMU did not end well, and did not save it"
+    if "auto" not in flags:
+        return f"the dirty bitmap {bitmap!r} is disabled: it does not know of later changes"
+    return None
+
+
+def _command(full: str, image_format: str, bitmap: str | None) -> list[str]:
+    # Without --persistent qemu-nbd ends with its last connection.
+    command = ["qemu-nbd", "--read-only", f"--format={image_format}", "--shared=8", "--cache=writeback"]
+    return [*command, *([] if bitmap is None else [f"--bitmap={bitmap}"]), "--", full]
+
+
+@contextmanager
+def _listening() -> Iterator[tuple[socket.socket, str]]:
+    """Yield a listening UNIX socket that only this user can connect to, and its path; remove the path at the end."""
+    folder = tempfile.mkdtemp(prefix="backupfs-")
+    if len(os.fsencode(folder)) + 5 > _PATH_LIMIT:
+        os.rmdir(folder)
+        folder = tempfile.mkdtemp(prefix="backupfs-", dir="/tmp")
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            address = os.path.join(folder, "nbd")
+            listener.bind(address)
+            listener.listen(16)
+            yield listener, address
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Child:
+    """A process that is killed when this one ends.
+
+    The kernel sends that signal when the *thread* ends that made the child: a thread is kept for it. Source: prctl(2),
+    PR_SET_PDEATHSIG.
+
+    Args:
+        command: the program and its arguments.
+        listener: a socket that it accepts connections from. Closed here: when the child dies, whoever waits for it to
+            accept a connection gets an error at once.
+    """
+
+    def __init__(self, command: list[str], listener: socket.socket) -> None:
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115, closed by stop
+        self._started = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._problem: OSError | None = None
+        self._keeper = threading.Thread(target=self._keep, args=(command, listener), name="qemu-nbd", daemon=True)
+        self._keeper.start()
+        try:
+            self._started.wait()
+        except BaseException:
+            self.stop()
+            raise
+        listener.close()
+        if self._problem is not None:
+            self._stderr.close()
+            raise ConnectError(f"can't start {command[0]}: {self._problem}") from self._problem
+
+    def _keep(self, command: list[str], listener: socket.socket) -> None:
+        start = ["setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", _START, "sh", str(os.getpid()), *command]
+        try:
+            self._process = subprocess.Popen(
+                start, stdin=listener.fileno(), stdout=subprocess.DEVNULL, stderr=self._stderr, start_new_session=True
+            )
+        except OSError as e:
+            self._problem = e
+        self._started.set()
+        if self._process is not None:
+            self._process.wait()
+
+    def stop(self) -> str:
+        """Kill it and wait until it is gone; return what it wrote to stderr. Twice does no harm."""
+        if self._stderr.closed:
+            return ""
+        self._started.wait()
+        if self._process is not None:
+            self._process.kill()
+        self._keeper.join()
+        self._stderr.seek(0)
+        words = self._stderr.read(4096).decode(errors="replace").strip()
+        self._stderr.close()
+        return words.removeprefix("qemu-nbd: ")
