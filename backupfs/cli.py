@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 import click
 
 from backupfs import __version__
-from backupfs.errors import INTERRUPTED, BackupfsError, UsageError
+from backupfs.errors import INTERRUPTED, BackupfsError, Corrupt, UsageError
 from backupfs.repository import codec, names
 from backupfs.repository.format import DEFAULT_CHUNK
+from backupfs.repository.manifest import Manifest
 from backupfs.repository.repository import Repository
 from backupfs.services import points as listing
 from backupfs.units import format_size, parse_size, parse_time
@@ -172,8 +173,20 @@ def backup(
 @_json_option
 def points(vm: str | None, as_json: bool) -> None:
     """List points: id, kind per disk, sizes, tags."""
+    manifests: list[Manifest] = []
+    damaged: Corrupt | None = None
     with _open() as repository:
-        manifests = list(listing.list_manifests(repository, names.check_name(vm, "VM") if vm else None))
+        try:
+            for manifest in listing.list_manifests(repository, names.check_name(vm, "VM") if vm else None):
+                manifests.append(manifest)
+        except Corrupt as e:
+            damaged = e
+    _print_points(manifests, as_json)
+    if damaged:
+        raise damaged  # after what can be listed
+
+
+def _print_points(manifests: list[Manifest], as_json: bool) -> None:
     if as_json:
         _print_json([listing.point_summary(m) for m in manifests])
         return

@@ -195,9 +195,13 @@ class Tree:
         return self._attributes(self.inodes.node(inode))
 
     def entries(self, inode: int) -> list[Entry]:
-        """Return everything in a folder, as it is now, `.` and `..` first. Raises NotFound."""
+        """Return everything in a folder, as it is now, `.` and `..` first. Raises NotFound.
+
+        Of `.` and `..` only number and type are right: the kernel takes no more from a listing, and the true attributes
+        of `..` would have 10,000 points list their VM 10,000 times.
+        """
         folder = self.inodes.node(inode)
-        found = [Entry(b".", self._attributes(folder)), Entry(b"..", self._attributes(_parent(folder)))]
+        found = [Entry(b".", self._folder(folder, 0, 0)), Entry(b"..", self._folder(_parent(folder), 0, 0))]
         match folder:
             case Root():
                 found += (self._entry(vm, VmFolder(vm)) for vm in self._vms())

@@ -218,7 +218,11 @@ class Repository:
         Raises:
             Locked: a backup is running.
         """
-        with self._lock, self._writer_lock():
+        with self._writer_lock():
+            return self._reindex()
+
+    def _reindex(self) -> int:
+        with self._lock:
             self.close()
             self._index = self._build_index(catalog.index_folder(self.path, self.settings.id))
             self._store = LayerStore(self._index, bytes.fromhex(self.settings.id), self.settings.chunk_size)
@@ -335,6 +339,9 @@ class Writer:
         try:
             layers = catalog.layers_to_index(repository.path, index, manifest)
             index.add(manifest.vm, manifest.id, seal_of(data), layers)
-        except (RepositoryError, StaleIndex) as e:
+        except StaleIndex as e:
+            log.info("%s: building the index again", e)
+            repository._reindex()
+        except RepositoryError as e:
             log.warning("the point is published, but not indexed yet: %s", e)
         return manifest

@@ -124,7 +124,7 @@ class _DiskBackup:
             self._check_format(end)
         target = point.add_disk(name, source.size, chain, end)
         self._chunk_size = target.layer.header.chunk_size
-        read, reason = self._mode()
+        read, reason = self._mode(target.layer.header.seq)
         if read == "all":
             self._ingest(target, self._plan(lambda dirty: True))
         else:
@@ -138,8 +138,12 @@ class _DiskBackup:
                 reason = f"bitmap {self._disk.bitmap!r} does not know of a change at offset {wrong}: all was read"
         point.finish_disk(target, read=read, reason=reason, bitmap=source.bitmap, source_format=source.format)
 
-    def _mode(self) -> tuple[Literal["all", "dirty"], str]:
-        """Return how the disk is to be read, and why not by bitmap or why a new chain."""
+    def _mode(self, seq: int) -> tuple[Literal["all", "dirty"], str]:
+        """Return how the disk is to be read, and why not by bitmap or why a new chain.
+
+        Args:
+            seq: of the new layer.
+        """
         end, source = self._end, self._source
         if end is None:
             return "all", "a new chain was asked for" if self._request.full else "the first point of its chain"
@@ -147,6 +151,9 @@ class _DiskBackup:
             return "all", source.bitmap_problem
         if source.bitmap is None:
             return "all", "no bitmap was named"
+        if seq != end.entry.seq + 1:
+            # Since which of the two has the bitmap recorded? Of what lies between, nobody knows.
+            return "all", "a layer after the chain's last point is there: a point was taken away, or a backup broke off"
         if source.size < end.entry.size:
             sizes = f"from {end.entry.size} to {source.size} bytes"
             return "all", f"the disk shrank {sizes}: a bitmap does not tell what was cut off"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from backupfs.errors import UsageError
+from backupfs.errors import Corrupt, UsageError
 from backupfs.repository import names
 from backupfs.repository.manifest import Manifest
 from backupfs.repository.repository import Repository
@@ -27,17 +27,23 @@ def point_summary(manifest: Manifest) -> dict[str, Any]:
 
 
 def list_manifests(repository: Repository, vm: str | None) -> Iterator[Manifest]:
-    """Yield the manifests of one VM, or of all, oldest first within a VM.
+    """Yield the manifests of one VM, or of all, oldest first within a VM; damaged ones after the others, as an error.
 
     Raises:
         NotFound: there is no such VM.
-        Corrupt: a manifest is damaged.
+        Corrupt: manifests are damaged; raised for the first of them when all others were yielded.
     """
     if vm is not None:
         repository.resolve(vm, "latest")
+    damaged: Corrupt | None = None
     for name in repository.vms() if vm is None else [vm]:
         for point in repository.points(name):
-            yield repository.manifest(name, point)
+            try:
+                yield repository.manifest(name, point)
+            except Corrupt as e:
+                damaged = damaged or e
+    if damaged:
+        raise damaged
 
 
 def parse_point(repository: Repository, text: str) -> tuple[str, str]:

@@ -50,9 +50,6 @@ class NbdSource:
             contexts[_bitmap_context(bitmap)] = DIRTY
         self._wire = Wire(uri, contexts, self.description, timeout_s)
         self.size = self._export_size = self._wire.size
-        if self.size == 0:
-            self._wire.close()
-            raise ProtocolError(f"{self.description}: the server says that the disk has 0 bytes")
         self._contexts = {context: bit for context, bit in contexts.items() if self._wire.offers(context)}
         self.bitmap = bitmap if DIRTY in self._contexts.values() else None
         self.bitmap_problem: str | None = None
@@ -134,18 +131,21 @@ class NbdSource:
     def _ask_status(self, offset: int, length: int) -> list[tuple[Extent, Extent]]:
         """Ask once. The pairs begin at `offset` and reach as far as the answer does."""
         known = {ZERO: [Extent(offset, length, False)], DIRTY: [Extent(offset, length, True)]}
-        if self._contexts:
-            first, count = align(offset, length, self._wire.unit, self._export_size)
-            request = Request(first, count, deque())
-            self._wire.ask_status(request)
-            self._wire.wait(request.done)
-            self._raise_error("block status of", request)
-            answers = request.answers()
-            if not answers.keys() >= self._contexts.keys():
-                raise ProtocolError(f"{self.description}: the block status at offset {offset} lacks a context")
-            for name, bit in self._contexts.items():
-                known[bit] = parse_descriptors(answers[name], bit, first, count)
-        return pair_extents(known[ZERO], known[DIRTY], offset, length)
+        first, count = align(offset, length, self._wire.unit, self._export_size)
+        answers = self._answers(first, count) if self._contexts else {}
+        try:
+            for context, bit in self._contexts.items():
+                known[bit] = parse_descriptors(answers.get(context, ()), bit, first, count)
+            return pair_extents(known[ZERO], known[DIRTY], offset, length)
+        except ProtocolError as e:
+            raise ProtocolError(f"{self.description}: {e}") from e
+
+    def _answers(self, offset: int, length: int) -> dict[str, list[int]]:
+        request = Request(offset, length, deque())
+        self._wire.ask_status(request)
+        self._wire.wait(request.done)
+        self._raise_error("block status of", request)
+        return request.answers()
 
     def close(self) -> None:
         """See `Image.close`. Waits for nothing."""

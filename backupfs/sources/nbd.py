@@ -23,6 +23,7 @@ from backupfs.units import MiB
 
 _CONNECTIONS = 4  # as nbdcopy; more gain nothing
 _MAX_REQUEST = 32 * MiB  # what every server takes that does not say. Source: NBD proto.md, block size constraints
+_NONSENSE = (0, errno.EINVAL, errno.EPROTO)  # libnbd's errno for replies that are none; a socket's are others
 _SLICE_S = 0.1  # how long the lock is held while waiting, so that close() from another thread gets it
 
 
@@ -135,10 +136,7 @@ class Wire:
             raise ConnectError(f"{name}: can't connect: {_reason(e)}") from e
         self._handshake(first)
         self._ready.append(first)
-        try:
-            self.size = int(first.handle.get_size())
-        except nbd.Error as e:
-            raise ProtocolError(f"{name}: the server says an impossible size: {_reason(e)}") from e
+        self.size = _export_size(first.handle, name)
         self.unit = int(first.handle.get_block_size(nbd.SIZE_MINIMUM)) or 1
         self.maximum = int(first.handle.get_block_size(nbd.SIZE_MAXIMUM)) or _MAX_REQUEST
         if first.handle.can_multi_conn():
@@ -249,7 +247,7 @@ class Wire:
 
     def _fail(self, e: nbd.Error) -> SourceError:
         """Give up all connections because of `e`; return what to raise."""
-        kind = ProtocolError if e.errnum == errno.EPROTO else ConnectError
+        kind = ProtocolError if e.errnum in _NONSENSE else ConnectError
         failure = kind(f"{self._name}: connection lost: {_reason(e)}")
         self._drop(failure)
         return failure
@@ -270,6 +268,17 @@ class Wire:
                     except nbd.Error:
                         continue  # the server went first
             self._drop(self._failure)
+
+
+def _export_size(handle: nbd.NBD, name: str) -> int:
+    """Return the export's size. libnbd 1.14 makes a negative number of what is 2^63 or more."""
+    try:
+        size = int(handle.get_size())
+    except nbd.Error:  # for 2^64 - 1; the message is then one of before
+        size = -1
+    if size <= 0:
+        raise ProtocolError(f"{name}: the server says that the disk has {size % (1 << 64)} bytes")
+    return size
 
 
 def _events(handle: nbd.NBD) -> int:

@@ -141,6 +141,20 @@ def test_a_grown_disk_by_bitmap_and_a_shrunk_one_without(repo: Path, image: Path
     take(repo, image)
 
 
+def test_a_bitmap_is_not_trusted_when_a_point_was_taken_away(repo: Path, image: Path) -> None:
+    """The bitmap was cleared at the point that is gone: what changed before that is in no bitmap."""
+    take(repo, image)
+    bitmap(image, "--add")
+    write(image, "write -P 7 1M 64k")
+    take(repo, image, "--bitmap", "vda=b0")
+    bitmap(image, "--clear")
+    last = backupfs_json(repo, "points")[-1]["id"]
+    (repo / "vms/web01/points" / f"{last}.json").unlink()
+    entry = take(repo, image, "--bitmap", "vda=b0", "--audit", "0")
+    assert (entry["kind"], entry["read"], entry["data_bytes"]) == ("delta", "all", 65536)
+    assert "taken away" in str(entry["reason"])
+
+
 def test_two_chains_with_bitmaps_of_their_own(repo: Path, image: Path) -> None:
     for chain in ("daily", "weekly"):
         take(repo, image, "--chain", chain)

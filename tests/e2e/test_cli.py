@@ -166,3 +166,15 @@ def test_json_is_one_document(repo: Path, disk: Path) -> None:
     backupfs(repo, "backup", "web01", f"vda={disk}")
     for words in (["points"], ["show", "web01/latest"], ["map", "web01/latest/vda"]):
         assert json.loads(backupfs(repo, *words, "--json"))
+
+
+def test_a_damaged_manifest_does_not_hide_the_others(repo: Path, disk: Path) -> None:
+    ids = [backupfs_json(repo, "backup", "web01", f"vda={disk}")["id"] for _ in range(3)]
+    manifest = repo / "vms/web01/points" / f"{ids[1]}.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"web01"', b'"web02"'))
+    environment = {**os.environ, "BACKUPFS_REPOSITORY": str(repo)}
+    command = [os.sys.executable, "-m", "backupfs", "points", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 20
+    assert [p["id"] for p in json.loads(done.stdout)] == [ids[0], ids[2]]
+    assert ids[1] in done.stderr

@@ -116,7 +116,9 @@ def test_modes_when_all_may_read(catalogue: FakeCatalogue) -> None:
 def test_a_listing_and_a_lookup_say_the_same(tree: Tree) -> None:
     for path in ((), ("web",), ("web", "p1")):
         folder = walk(tree, *path)
-        for entry in tree.entries(folder):
+        dots, rest = tree.entries(folder)[:2], tree.entries(folder)[2:]
+        assert [tree.lookup(folder, e.name).inode for e in dots] == [e.attributes.inode for e in dots]
+        for entry in rest:
             assert tree.lookup(folder, entry.name) == entry.attributes
 
 
@@ -246,6 +248,7 @@ def test_looking_at_a_point_does_not_list_its_vm() -> None:
     before = catalogue.listed
     for inode in points[:100]:
         tree.attributes(inode)
+        tree.entries(inode)
         disk = tree.lookup(inode, b"vda.raw").inode
         tree.file(disk)
     assert catalogue.listed == before
