@@ -218,7 +218,10 @@ class Wire:
     def _step(self) -> bool:
         """Poll once. Returns whether a connection with something in flight got on."""
         self._welcome()
-        connections = {c.handle.aio_get_fd(): c for c in (*self._ready, *self._joining)}
+        try:
+            connections = {c.handle.aio_get_fd(): c for c in (*self._ready, *self._joining)}
+        except nbd.Error as e:  # a connection died while a request was sent
+            raise self._fail(e) from e
         poller = select.poll()
         for fd, connection in connections.items():
             poller.register(fd, _events(connection.handle))
@@ -247,7 +250,8 @@ class Wire:
 
     def _fail(self, e: nbd.Error) -> SourceError:
         """Give up all connections because of `e`; return what to raise."""
-        kind = ProtocolError if e.errnum in _NONSENSE else ConnectError
+        hung_up = "disconnected" in str(e.string) or any(c.handle.aio_is_dead() for c in self._ready)
+        kind = ConnectError if hung_up or e.errnum not in _NONSENSE else ProtocolError
         failure = kind(f"{self._name}: connection lost: {_reason(e)}")
         self._drop(failure)
         return failure

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from fake_mount import content
-from mounts import TESTS, FakeMount, fails_with, needs_fuse, pread
+from mounts import FakeMount, fails_with, needs_fuse, pread
 
 from backupfs.errors import MountError
 from backupfs.fuse import mountpoint, session
@@ -162,7 +162,7 @@ def test_a_user_mounts_and_unmounts(tmp_path: Path) -> None:
     os.chown(tmp_path, 65534, 65534)
     (tmp_path / "mnt").mkdir()
     os.chown(tmp_path / "mnt", 65534, 65534)
-    script = f"import sys; sys.path.append({str(TESTS)!r})\nfrom backupfs.fuse.mountpoint import take_away as t\nt(sys.argv[1])"
+    script = "import sys; from backupfs.fuse.mountpoint import take_away; take_away(sys.argv[1])"
     unmount = [*AS_NOBODY, sys.executable, "-c", script, str(tmp_path / "mnt")]
     fake = FakeMount(tmp_path, prefix=AS_NOBODY)
     try:
