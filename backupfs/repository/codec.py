@@ -32,7 +32,7 @@ def by_name(name: str) -> int:
         raise UnsupportedFormat(f"codec {name!r} is not known to this backupfs; it knows {', '.join(NAMES)}") from None
 
 
-def compress(chunk: bytes) -> bytes | None:
+def compress(chunk: bytes | memoryview) -> bytes | None:
     """Return `chunk` as a Zstandard frame, or None when that would spare less than a sixteenth."""
     compressor = getattr(_per_thread, "compressor", None)
     if compressor is None:

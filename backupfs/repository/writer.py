@@ -95,12 +95,12 @@ class DiskWriter:
         payloads: list[bytes | memoryview] = []
         position = used = 0
         for i in range(count):
-            chunk = bytes(data[i * size : (i + 1) * size])
+            chunk: bytes | memoryview = data[i * size : (i + 1) * size]
             if len(chunk) < size:
-                chunk = chunk.ljust(size, b"\0")
+                chunk = bytes(chunk).ljust(size, b"\0")
             old = olds[i]
             xxh3 = xxhash.xxh3_64_intdigest(chunk)
-            if xxh3 == self._zero_xxh3 and chunk == self._zero_chunk:
+            if xxh3 == self._zero_xxh3 and bytes(chunk) == self._zero_chunk:
                 if old["packed"]:
                     rows[used] = (first + i, 0, 0, 0, 0, 1, codec.ZERO, 0)
                     used += 1
@@ -175,12 +175,12 @@ class DiskWriter:
         start = first - regions.start * REGION_CHUNKS
         return held[start : start + count]
 
-    def _encode(self, chunk: bytes) -> tuple[int, bytes]:
+    def _encode(self, chunk: bytes | memoryview) -> tuple[int, bytes | memoryview]:
         """Return the codec and the payload. What was compressed is decompressed and compared before it counts."""
         if self._codec == codec.ZSTD:
             payload = codec.compress(chunk)
             if payload is not None:
-                if codec.decompress(payload, len(chunk)) != chunk:
+                if codec.decompress(payload, len(chunk)) != bytes(chunk):
                     raise RepositoryError("the compressor gave back other bytes: bad memory or a bad library")
                 return codec.ZSTD, payload
         return codec.NONE, chunk

@@ -54,7 +54,7 @@ def disk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             spec = stack.enter_context(nbdkit("memory", str(SIZE), options=ONE_THREAD)).uri
             run("qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", str(raw), spec)
         elif kind == "nbdkit data":
-            content = bytes(1 * MiB) + b"backupfs" * 512 + bytes(2 * MiB + 77)
+            content = bytes(1 * MiB) + b"backupfs" * 512 + bytes(5 * MiB + 77)
             data = f"@{1 * MiB} ( 0x{b'backupfs'.hex(' ').replace(' ', ' 0x')} )*512 @{len(content) - 1} 0"
             spec = stack.enter_context(nbdkit("data", f"data={data}", options=ONE_THREAD)).uri
         elif kind == "nbdkit without extents":
