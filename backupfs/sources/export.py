@@ -8,6 +8,7 @@ import errno
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import numpy as np
 
@@ -81,7 +82,9 @@ class NbdSource:
     def _parts(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         if offset < 0 or length < 0 or offset + length > self.size:
             raise ValueError(f"range {offset}+{length} is not inside a disk of {self.size} bytes")
-        return split(offset, length, self.request_size)
+        # Aligned outwards, the first part must not get longer than the server's maximum.
+        head = min(length, -offset % self._wire.unit and self.request_size - offset % self._wire.unit)
+        return chain(split(offset, head, self.request_size), split(offset + head, length - head, self.request_size))
 
     def _read_request(self, offset: int, length: int, done: "deque[Request]") -> Request:
         first, count = align(offset, length, self._wire.unit, self._export_size)
@@ -145,7 +148,7 @@ class NbdSource:
         self._wire.ask_status(request)
         self._wire.wait(request.done)
         self._raise_error("block status of", request)
-        return request.answers()
+        return request.answers
 
     def close(self) -> None:
         """See `Image.close`. Waits for nothing."""

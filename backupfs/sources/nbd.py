@@ -6,9 +6,6 @@ says it can. A connection that is cut, or silent for `timeout_s`, ends the wire:
 """
 
 import errno
-import functools
-import io
-import json
 import select
 import threading
 import time
@@ -24,6 +21,8 @@ from backupfs.units import MiB
 _CONNECTIONS = 4  # as nbdcopy; more gain nothing
 _MAX_REQUEST = 32 * MiB  # what every server takes that does not say. Source: NBD proto.md, block size constraints
 _NONSENSE = (0, errno.EINVAL, errno.EPROTO)  # libnbd's errno for replies that are none; a socket's are others
+# ... and what it says, with EINVAL, of a connection that was cut, and when a call comes after that.
+_HUNG_UP = ("disconnected", "invalid state", "not in a connected state", "no longer connected")
 _SLICE_S = 0.1  # how long the lock is held while waiting, so that close() from another thread gets it
 
 
@@ -34,21 +33,18 @@ class Request:
     Attributes:
         offset, length: in bytes, aligned to `Wire.unit` or ending where the export does.
         data: the memory that a read goes to; the answer is not looked at, so it holds anything when there is `error`.
-        text: what block status was answered, see `Wire.ask_status` and `answers`.
+        answers: what block status was answered: for each context length, flags, length, flags, ...
         error: the errno of what the server answered, or None.
+        apart: has a callback, see `_Connection.notify`.
     """
 
     offset: int
     length: int
     done: "deque[Request]"
     data: memoryview | None = None
-    text: io.StringIO = field(default_factory=io.StringIO)
+    answers: dict[str, list[int]] = field(default_factory=dict)
     error: int | None = None
-
-    def answers(self) -> dict[str, list[int]]:
-        """Return what block status was answered: for each context length, flags, length, flags, ..."""
-        values = self.text.getvalue().split("\0")
-        return {context: json.loads(numbers) for context, numbers in zip(values[::4], values[2::4], strict=False)}
+    apart: bool = False
 
 
 class _Connection:
@@ -58,6 +54,7 @@ class _Connection:
         self.handle = nbd.NBD()
         self.requests: dict[int, Request] = {}
         self.load = 0  # bytes
+        self.apart = 0  # requests in flight that have a callback
         self.handle.set_uri_allow_local_file(True)  # the URI of a TLS server names certificates or a key file
         for context in contexts:
             self.handle.add_meta_context(context)
@@ -69,16 +66,43 @@ class _Connection:
 
     def notify(self, events: int) -> None:
         """Let libnbd do what the socket is ready for. Raises nbd.Error when the connection is lost."""
+        if self.apart and threading.current_thread() is threading.main_thread():
+            self._notify_apart(events)
+        else:
+            self._notify(events)
+        if self.handle.aio_is_dead() or self.handle.aio_is_closed():
+            raise nbd.Error("the server closed the connection", errno.ENOTCONN)
+
+    def _notify_apart(self, events: int) -> None:
+        """Notify from another thread: only the main thread gets a Ctrl-C, and in a callback libnbd would print and
+        forget it. 0.1 ms for what happens once for a GiB of the disk.
+        """
+        errors = []
+
+        def notify() -> None:
+            try:
+                self._notify(events)
+            except nbd.Error as e:
+                errors.append(e)
+
+        thread = threading.Thread(target=notify, name="block status", daemon=True)
+        thread.start()
+        thread.join()
+        if errors:
+            raise errors[0]
+
+    def _notify(self, events: int) -> None:
         direction = self.handle.aio_get_direction()
         if events & ~select.POLLOUT and direction & nbd.AIO_DIRECTION_READ:
             self.handle.aio_notify_read()
         elif events & ~select.POLLIN and direction & nbd.AIO_DIRECTION_WRITE:
             self.handle.aio_notify_write()
-        if self.handle.aio_is_dead() or self.handle.aio_is_closed():
-            raise nbd.Error("the server closed the connection", errno.ENOTCONN)
 
-    def add(self, cookie: int, request: Request) -> None:
+    def add(self, cookie: int, request: Request, *, apart: bool = False) -> None:
+        """Remember a request in flight; `apart`: it has a callback."""
         self.requests[cookie] = request
+        self.apart += apart
+        request.apart = apart
         self.load += request.length
 
     def collect(self) -> None:
@@ -92,6 +116,7 @@ class _Connection:
                 return
             request = self.requests.pop(cookie)
             self.load -= request.length
+            self.apart -= request.apart
             try:
                 self.handle.aio_command_completed(cookie)
             except nbd.Error as e:
@@ -183,19 +208,18 @@ class Wire:
             connection.add(cookie, request)
 
     def ask_status(self, request: Request) -> None:
-        """Send a block-status request, on the first connection: the only one with metadata contexts.
+        """Send a block-status request, on the first connection: the only one with metadata contexts."""
 
-        The answers are written as text, every value ended by a NUL: the callback has to be a C function, because in one
-        of Python's a Ctrl-C would be raised, which libnbd prints and forgets. `print` is one that takes what comes.
-        """
+        def note(context: str, offset: int, numbers: list[int], error: object) -> None:
+            request.answers[context] = numbers
+
         with self._lock:
             self._check()
-            answer = functools.partial(print, sep="\0", end="\0", file=request.text)
             try:
-                cookie = self._ready[0].handle.aio_block_status(request.length, request.offset, answer)
+                cookie = self._ready[0].handle.aio_block_status(request.length, request.offset, note)
             except nbd.Error as e:
                 raise self._fail(e) from e
-            self._ready[0].add(cookie, request)
+            self._ready[0].add(cookie, request, apart=True)
 
     def wait(self, done: "deque[Request]") -> None:
         """Drive all connections until a request is in `done`.
@@ -250,7 +274,7 @@ class Wire:
 
     def _fail(self, e: nbd.Error) -> SourceError:
         """Give up all connections because of `e`; return what to raise."""
-        hung_up = "disconnected" in str(e.string) or any(c.handle.aio_is_dead() for c in self._ready)
+        hung_up = any(words in str(e.string) for words in _HUNG_UP)
         kind = ConnectError if hung_up or e.errnum not in _NONSENSE else ProtocolError
         failure = kind(f"{self._name}: connection lost: {_reason(e)}")
         self._drop(failure)

@@ -4,16 +4,19 @@ The child lives as long as the source. It goes away with close(), with its last 
 however that ends. The socket's folder is removed as soon as the connections are made.
 """
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 import socket
 import stat
+import struct
 import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import IO, Any
 from urllib.parse import quote
 
@@ -24,20 +27,25 @@ from backupfs.sources.export import NbdSource
 # socket activation wants it. A parent that died before setpriv asked for the signal is found out by its number.
 _START = 'test "$PPID" = "$1" && shift && exec 3<&0 0</dev/null && LISTEN_FDS=1 LISTEN_PID=$$ exec "$@"'
 _PATH_LIMIT = 107  # bytes in the path of a UNIX socket. Source: unix(7)
+# QEMU's locks on an image: a read lock on a byte says what its holder does, or what it does not bear of others.
+# Source: QEMU block/file-posix.c, RAW_LOCK_PERM_BASE, RAW_LOCK_SHARED_BASE; BLK_PERM_WRITE is bit 1
+_WRITER, _NO_WRITERS = 101, 201
+_F_OFD_GETLK, _F_OFD_SETLK = 36, 37  # Source: linux/fcntl.h; Python has no names for them before 3.14
+_FLOCK = "hhqqi4x"  # struct flock of 64-bit machines: type, whence, start, length, pid
 _LOCKED = "Is another process using the image"  # QEMU's words, since 2.10
 
 
 class FileSource(NbdSource):
     """An image file. Made by `open_image` only."""
 
-    def __init__(self, uri: str, bitmap: str | None, timeout_s: float, path: str, child: "_Child") -> None:
+    def __init__(self, uri: str, bitmap: str | None, timeout_s: float, path: str) -> None:
         super().__init__(uri, bitmap, timeout_s, description=path)
-        self._child = child
+        self.undo = ExitStack()  # what close gives back: the child, the lock
 
     def close(self) -> None:
         """See `Image.close`."""
         super().close()
-        self._child.stop()
+        self.undo.close()
 
 
 def open_image(path: str, bitmap: str | None, timeout_s: float) -> FileSource:
@@ -54,18 +62,19 @@ def open_image(path: str, bitmap: str | None, timeout_s: float) -> FileSource:
     """
     full = path if path.startswith("/") else os.path.join(os.getcwd(), path)
     size = _file_size(path, full)
-    info = _image_info(path, full, timeout_s)
-    problem = None if bitmap is None else _bitmap_problem(info, bitmap)
-    used = None if problem else bitmap
-    with _listening() as (listener, address):
-        child = _Child(_command(full, info["format"], used), listener)
-        try:
-            source = FileSource(f"nbd+unix:///?socket={quote(address)}", used, timeout_s, path, child)
-        except BaseException as e:
-            words = child.stop()
-            if isinstance(e, SourceError):
-                raise ConnectError(f"{path}: qemu-nbd does not serve it: {words or e}") from e
-            raise
+    with ExitStack() as undo:
+        undo.callback(os.close, _keep_writers_out(path, full))
+        info = _image_info(path, full, timeout_s)
+        problem = None if bitmap is None else _bitmap_problem(info, bitmap)
+        used = None if problem else bitmap
+        with _listening() as (listener, address):
+            child = _Child(_command(full, info["format"], used), listener)
+            undo.callback(child.stop)
+            try:
+                source = FileSource(f"nbd+unix:///?socket={quote(address)}", used, timeout_s, path)
+            except SourceError as e:
+                raise ConnectError(f"{path}: qemu-nbd does not serve it: {child.stop() or e}") from e
+        source.undo = undo.pop_all()
     source.format = info["format"]
     source.bitmap_problem = problem or source.bitmap_problem
     if source.format == "raw" and size is not None:
@@ -92,6 +101,36 @@ def _file_size(path: str, full: str) -> int | None:
     return status.st_size
 
 
+def _in_use(path: str) -> str:
+    return (
+        f"{path}: in use by another process, likely a running virtual machine; back that up through QMP, libvirt or "
+        "its NBD export, or shut it down"
+    )
+
+
+def _keep_writers_out(path: str, full: str) -> int:
+    """Refuse an image that is written to. As long as the descriptor that comes back is open, QEMU refuses to write.
+
+    qemu-nbd does neither for a raw image: it would read from the disk of a running machine.
+    """
+    try:
+        fd = os.open(full, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as e:
+        raise ConnectError(f"{path}: {e.strerror}") from e
+    try:
+        fcntl.fcntl(fd, _F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, _NO_WRITERS, 1, 0))
+        found = fcntl.fcntl(fd, _F_OFD_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, _WRITER, 1, 0))
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP):
+            os.close(fd)
+            raise ConnectError(_in_use(path)) from e
+        return fd  # a file system without locks: QEMU does without, too
+    if struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK:
+        os.close(fd)
+        raise ConnectError(_in_use(path))
+    return fd
+
+
 def _image_info(path: str, full: str, timeout_s: float) -> dict[str, Any]:
     """Return what qemu-img says about an image. Not with --force-share: an image in use is refused here."""
     try:
@@ -105,10 +144,7 @@ def _image_info(path: str, full: str, timeout_s: float) -> dict[str, Any]:
     if done.returncode:
         words = done.stderr.decode(errors="replace").strip()
         if _LOCKED in words:
-            raise ConnectError(
-                f"{path}: in use by another process, likely a running virtual machine; back that up through QMP, "
-                "libvirt or its NBD export, or shut it down"
-            )
+            raise ConnectError(_in_use(path))
         raise ConnectError(f"{path}: {words.removeprefix('qemu-img: ')}")
     info: dict[str, Any] = json.loads(done.stdout.decode(errors="replace"))
     return info

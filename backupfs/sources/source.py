@@ -55,8 +55,9 @@ class Source(Image, Protocol):
     def read_many(self, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, memoryview]]:
         """Read ranges, many at once, and yield (offset, bytes) of the parts as they come in, in any order.
 
-        A range comes in one part, or in several of `request_size` bytes and a last one. A part's memory belongs to the
-        caller from then on. `ranges` are (offset, length); they are taken as they are needed.
+        A range that begins at a multiple of 64 KiB comes in parts of a multiple of 64 KiB, and a last one (of less when
+        the server's maximum is less). A part's memory belongs to the caller from then on. `ranges` are (offset,
+        length); they are taken as they are needed.
 
         Raises:
             ValueError: a range is not inside the disk.

@@ -20,7 +20,8 @@ from typing import Self
 from benchmarks.report import BACKUPFS
 
 _START_S = 30.0  # a server has to answer by then
-_IDLE_S = 1.0
+_IDLE_S = 3  # a process is idle when it has used less than this share of a processor for so many seconds
+_IDLE_SHARE = 0.05
 
 
 class Failed(Exception):
@@ -190,11 +191,12 @@ class Mount:
     def wait_until_idle(self, limit_s: float = 1800) -> float:
         """Wait until it has nothing to do: the checks of the points that were opened are done. Returns the seconds."""
         started = time.monotonic()
-        used = self.cpu_s()
+        used, quiet = self.cpu_s(), 0
         while time.monotonic() - started < limit_s:
-            time.sleep(_IDLE_S)
+            time.sleep(1)
             before, used = used, self.cpu_s()
-            if used - before < 0.05 * _IDLE_S:
+            quiet = quiet + 1 if used - before < _IDLE_SHARE else 0
+            if quiet == _IDLE_S:
                 return time.monotonic() - started - _IDLE_S
         raise Failed(f"the mount's process is still busy after {limit_s:.0f} s")
 
