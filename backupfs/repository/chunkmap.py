@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from backupfs.repository import codec
 from backupfs.repository.cache import LruCache
@@ -27,37 +28,42 @@ POSITION = np.dtype(
 UNPACK = struct.Struct("<QQQQII")
 assert UNPACK.size == POSITION.itemsize
 
+_DIGEST_REGIONS = 64  # resolved at a time where nobody waits: 16,384 chunks
+
 # (the chain's number, seq, region) -> a region's positions; shared by all maps of a repository.
 RegionCache = LruCache[tuple[int, int, int], bytes]
 
 
-def resolve(records: Rows, seq: int, positions: Rows) -> None:
+def resolve(chunks: npt.NDArray[np.intp], records: Rows, seq: int, positions: Rows) -> None:
     """Put into `positions` (POSITION, one a chunk, filled from the base) what the deltas up to `seq` say.
 
-    `records` are one region's, sorted by chunk and seq.
+    Args:
+        chunks: where in `positions` each record begins.
+        records: sorted by chunk and seq.
+        seq: of the point.
+        positions: changed in place.
     """
-    visible = records[records["seq"] <= seq]
+    seen = records["seq"] <= seq
+    chunks, visible = chunks[seen], records[seen]
     if not len(visible):
         return
-    newest = np.full(REGION_CHUNKS, -1, np.int64)
-    single = visible[visible["run"] == 1]
-    if len(single):
-        chunks = single["chunk"]
-        last = single[np.append(chunks[1:] != chunks[:-1], True)]
-        where = last["chunk"].astype(np.intp)
-        newest[where] = last["seq"]
-        found = np.zeros(len(last), POSITION)
+    newest = np.full(len(positions), -1, np.int64)
+    single = visible["run"] == 1
+    if np.any(single):
+        where, versions = chunks[single], visible[single]
+        last = np.append(where[1:] != where[:-1], True)
+        where, versions = where[last], versions[last]
+        newest[where] = versions["seq"]
+        found = np.zeros(len(versions), POSITION)
         for field in POSITION.names or ():
-            found[field] = last[field]
-        found[last["packed"] == 0] = 0  # a ZERO record
+            found[field] = versions[field]
+        found[versions["packed"] == 0] = 0  # a ZERO record
         positions[where] = found
-    runs = visible[visible["run"] != 1]
+    runs, run_chunks = visible[~single], chunks[~single]
     # Newest first: mostly the first few cover what the others would.
-    for run in runs[np.argsort(runs["seq"])[::-1]]:
-        run_seq, first = int(run["seq"]), int(run["chunk"])
-        if run_seq < newest.min():
-            break
-        span = slice(first, first + int(run["run"]))
+    for i in np.argsort(runs["seq"])[::-1]:
+        run_seq, first = int(runs["seq"][i]), int(run_chunks[i])
+        span = slice(first, first + int(runs["run"][i]))
         older = newest[span] < run_seq
         newest[span][older] = run_seq
         positions[span][older] = np.zeros((), POSITION)
@@ -87,11 +93,11 @@ class ChunkMap:
             self._cache.put(key, held, len(held))
         return held
 
-    def positions(self, region: int) -> Rows:
-        """Work the region's positions out. Raises as `region`."""
-        positions = np.zeros(REGION_CHUNKS, POSITION)
+    def positions(self, region: int, count: int = 1) -> Rows:
+        """Work the positions of `count` regions out, REGION_CHUNKS each. Raises as `region`."""
+        positions = np.zeros(count * REGION_CHUNKS, POSITION)
         first = region * REGION_CHUNKS
-        for rows in self._base.rows(first, first + REGION_CHUNKS):
+        for rows in self._base.rows(first, first + len(positions)):
             data = rows[rows["codec"] != codec.ZERO]
             found = np.zeros(len(data), POSITION)
             for field in ("offset", "xxh3", "id0", "id1"):
@@ -100,7 +106,9 @@ class ChunkMap:
             found["packed"] = data["length"] | (data["codec"] << CODEC_SHIFT)
             positions[(data["chunk_no"] - np.uint64(first)).astype(np.intp)] = found
         if self._seq != self._base_seq:
-            resolve(self._index.records(self._chain_no, region), self._seq, positions)
+            regions, records = self._index.records(self._chain_no, region, region + count)
+            places = (regions - np.uint64(region)).astype(np.intp) * REGION_CHUNKS + records["chunk"]
+            resolve(places, records, self._seq, positions)
         return positions
 
     def occupied(self, first: int, end: int) -> Iterator[int]:
@@ -128,10 +136,13 @@ class ChunkMap:
             regions: how many regions the disk has.
         """
         lane0 = lane1 = chunks = 0
-        for region in self.occupied(0, regions):
-            positions = self.positions(region)
+        region = next(self.occupied(0, regions), regions)
+        while region < regions:
+            count = min(_DIGEST_REGIONS, regions - region)
+            positions = self.positions(region, count)
             data = np.flatnonzero(positions["packed"])
             numbers = (data + region * REGION_CHUNKS).astype(np.uint64)
             a, b = map_digest(numbers, positions["id0"][data], positions["id1"][data])
             lane0, lane1, chunks = lane0 + a, lane1 + b, chunks + len(data)
+            region = next(self.occupied(region + count, regions), regions)
         return lane0, lane1, chunks

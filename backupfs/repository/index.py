@@ -33,16 +33,19 @@ from backupfs.repository.format import (
     REGION_CHUNKS,
     LayerId,
     Rows,
+    Words,
     checks,
+    mix64,
 )
 
-LAYOUT = b"1"
+LAYOUT = b"2"
 _MAP_SIZE = 1 << 40  # address space, not memory; the file grows as it fills
 _U32 = struct.Struct(">I")
 _PAIR = struct.Struct(">II")
 _SUMMARY = struct.Struct("<QQ")
 _MASK64 = (1 << 64) - 1
-_KEYED_RECORD = np.dtype([("key", "V8"), ("record", RECORD)])
+_KEYED_RECORD = np.dtype([("chain", ">u4"), ("region", ">u4"), ("record", RECORD)])
+_BATCH = 16 * 1024  # rows that are indexed at a time
 
 
 class StaleIndex(Exception):
@@ -62,20 +65,25 @@ class IndexedLayer:
     rows: Iterable[Rows]
 
 
-def record_seed(key: bytes) -> int:
-    """Return the address part of the checks of the records under `key`."""
-    return int(xxhash.xxh3_64_intdigest(key))
+def record_seeds(chain_no: int, regions: Words) -> Words:
+    """Return the address part of the checks of the records in each of these regions of a chain."""
+    return mix64(regions.astype(np.uint64) | np.uint64(chain_no << 32))
 
 
 class Index:
     """An open index.
+
+    Args:
+        folder: where it is or is to be.
+        repository_id: 32 hexadecimal digits.
+        durable: whether each transaction is on the disk when it returns. If not, `sync` does it for all.
 
     Raises:
         Corrupt: LMDB can't open what is in the folder.
         StaleIndex: it is of another repository or layout.
     """
 
-    def __init__(self, folder: str, repository_id: str) -> None:
+    def __init__(self, folder: str, repository_id: str, *, durable: bool = True) -> None:
         self.folder = folder
         self._file = os.path.join(folder, "data.mdb")
         try:
@@ -83,7 +91,14 @@ class Index:
             if os.path.exists(self._file) and os.path.getsize(self._file) == 0:
                 raise Corrupt(self._file, 0, "the file is empty")
             self._env = lmdb.open(
-                folder, map_size=_MAP_SIZE, max_dbs=8, max_readers=1024, mode=0o600, readahead=False, meminit=False
+                folder,
+                map_size=_MAP_SIZE,
+                max_dbs=8,
+                max_readers=1024,
+                mode=0o600,
+                readahead=False,
+                meminit=False,
+                sync=durable,
             )
         except lmdb.Error as e:
             raise self._corrupt(e) from e
@@ -122,6 +137,13 @@ class Index:
         """Close the environment; no other thread may be inside."""
         self._env.close()
 
+    def sync(self) -> None:
+        """Put everything on the disk."""
+        try:
+            self._env.sync(True)
+        except lmdb.Error as e:
+            raise RepositoryError(f"{self._file}: {e}") from e
+
     def _corrupt(self, error: Exception) -> Corrupt:
         return Corrupt(self._file, 0, f"{error}; run backupfs reindex")
 
@@ -158,29 +180,50 @@ class Index:
         except lmdb.Error as e:
             raise self._corrupt(e) from e
 
-    def records(self, chain_no: int, region: int) -> Rows:
-        """Return all records of a region (format.RECORD), checked, sorted by chunk and seq.
+    def records(self, chain_no: int, first: int, end: int) -> tuple[Words, Rows]:
+        """Return all records of the regions in [first, end), checked: the region of each, and the records.
+
+        They are sorted by region, chunk and seq.
 
         Raises:
             Corrupt: a record is damaged or missing.
         """
-        key = _PAIR.pack(chain_no, region)
+        keys, summaries = [], []
         try:
             with self._env.begin(buffers=True) as txn:
-                summary = txn.get(key, db=self._regions)
-                count, total = (0, 0) if summary is None else _SUMMARY.unpack(summary)
-                cursor = txn.cursor(self._chunks)
-                data = cursor.getmulti([key], dupdata=True, dupfixed_bytes=RECORD.itemsize, keyfixed=True)
-                records = np.frombuffer(bytes(data), _KEYED_RECORD)["record"].copy()
+                cursor = txn.cursor(self._regions)
+                going = cursor.set_range(_PAIR.pack(chain_no, first))
+                while going:
+                    key, value = bytes(cursor.key()), _SUMMARY.unpack(cursor.value())
+                    if _PAIR.unpack(key) >= (chain_no, end):
+                        break
+                    keys.append(key)
+                    summaries.append(value)
+                    going = cursor.next()
+                if end - first == 1:  # a record without a summary is damage too; of many regions check_map finds it
+                    keys, summaries = [_PAIR.pack(chain_no, first)], summaries or [(0, 0)]
+                multi = txn.cursor(self._chunks).getmulti
+                data = bytes(multi(keys, dupdata=True, dupfixed_bytes=RECORD.itemsize, keyfixed=True))
+            keyed = np.frombuffer(data, _KEYED_RECORD)
         except (lmdb.Error, struct.error, ValueError) as e:
             raise self._corrupt(e) from e
-        if len(records) != count:
-            raise self._corrupt(ValueError(f"a region has {len(records)} records and should have {count}"))
-        if count:
-            found = checks(records, record_seed(key))
-            if int(found.sum(dtype=np.uint64)) != total or np.any(found.astype(np.uint32) != records["check"]):
-                raise self._corrupt(ValueError("a record's check does not match"))
-        return records
+        regions = keyed["region"].astype(np.uint64)
+        records = keyed["record"].copy()
+        self._check_records(chain_no, regions, records, summaries)
+        return regions, records
+
+    def _check_records(self, chain_no: int, regions: Words, records: Rows, summaries: list[tuple[int, int]]) -> None:
+        """Raise Corrupt unless each region has as many records as its summary says, with the right checks."""
+        counts = np.array([count for count, _ in summaries], np.int64)
+        if len(records) != int(counts.sum()):
+            raise self._corrupt(ValueError(f"there are {len(records)} records and should be {counts.sum()}"))
+        if not len(records):
+            return
+        found = checks(records, record_seeds(chain_no, regions))
+        starts = np.concatenate(([0], np.cumsum(counts[:-1])))
+        totals = np.array([total for _, total in summaries], np.uint64)
+        if np.any(np.add.reduceat(found, starts) != totals) or np.any(found.astype(np.uint32) != records["check"]):
+            raise self._corrupt(ValueError("a record's check does not match"))
 
     def next_region(self, chain_no: int, first: int) -> int | None:
         """Return the first region at or after `first` that has records, or None."""
@@ -242,22 +285,24 @@ class Index:
             if found_chain == chain_no:
                 raise StaleIndex(f"layer {found_seq} of {layer.vm}/{layer.disk}/{layer.chain} is no ancestor")
         txn.put(address, layer.layer_id, db=self._layers)
-        for rows in layer.rows:
-            for region, records in _by_region(rows, layer.seq):
-                self._put_records(txn, chain_no, region, records)
+        for rows in gathered(layer.rows, _BATCH):
+            self._put_records(txn, chain_no, *_records(rows, layer.seq))
 
-    def _put_records(self, txn: "lmdb.Transaction[bytes]", chain_no: int, region: int, records: Rows) -> None:
-        key = _PAIR.pack(chain_no, region)
-        found = checks(records, record_seed(key))
+    def _put_records(self, txn: "lmdb.Transaction[bytes]", chain_no: int, regions: Words, records: Rows) -> None:
+        found = checks(records, record_seeds(chain_no, regions))
         records["check"] = found.astype(np.uint32)
-        data = records.tobytes()
-        size = RECORD.itemsize
-        items = [(key, data[i : i + size]) for i in range(0, len(data), size)]
-        txn.cursor(self._chunks).putmulti(items, dupdata=True)
-        summary = txn.get(key, db=self._regions)
-        count, total = (0, 0) if summary is None else _SUMMARY.unpack(summary)
-        total = (total + int(found.sum(dtype=np.uint64))) & _MASK64
-        txn.put(key, _SUMMARY.pack(count + len(records), total), db=self._regions)
+        starts = np.flatnonzero(np.append(True, regions[1:] != regions[:-1]))
+        totals = np.add.reduceat(found, starts)
+        counts = np.diff(np.append(starts, len(regions)))
+        keys = [_PAIR.pack(chain_no, region) for region in regions[starts].tolist()]
+        data, size = records.tobytes(), RECORD.itemsize
+        values = (data[i : i + size] for i in range(0, len(data), size))
+        repeated = (key for key, count in zip(keys, counts.tolist(), strict=True) for _ in range(count))
+        txn.cursor(self._chunks).putmulti(zip(repeated, values, strict=True), dupdata=True)
+        for key, added, plus in zip(keys, counts.tolist(), totals.tolist(), strict=True):
+            summary = txn.get(key, db=self._regions)
+            count, total = (0, 0) if summary is None else _SUMMARY.unpack(summary)
+            txn.put(key, _SUMMARY.pack(count + added, (total + plus) & _MASK64), db=self._regions)
 
 
 def _chain_key(vm: str, disk: str, chain: str) -> bytes:
@@ -266,35 +311,37 @@ def _chain_key(vm: str, disk: str, chain: str) -> bytes:
     return key if len(key) <= 480 else xxhash.xxh3_128_digest(key)
 
 
-def _by_region(rows: Rows, seq: int) -> Iterator[tuple[int, Rows]]:
-    """Turn rows of a footer into records, region by region; a zero run is cut at the regions' borders."""
-    zero = rows["codec"] == codec.ZERO
-    ends = rows["chunk_no"] + np.where(zero, rows["length"], 1).astype(np.uint64)
-    long = zero & ((ends - np.uint64(1)) // np.uint64(REGION_CHUNKS) != rows["chunk_no"] // np.uint64(REGION_CHUNKS))
-    whole = rows[~long]
-    regions = whole["chunk_no"] // np.uint64(REGION_CHUNKS)
-    for part in np.split(whole, np.flatnonzero(regions[1:] != regions[:-1]) + 1):
-        if len(part):
-            yield int(part["chunk_no"][0]) // REGION_CHUNKS, _records(part, seq)
-    for row in rows[long]:
-        first, end = int(row["chunk_no"]), int(row["chunk_no"]) + int(row["length"])
-        while first < end:
-            region = first // REGION_CHUNKS
-            last = min(end, (region + 1) * REGION_CHUNKS)
-            record = np.zeros(1, RECORD)
-            record["chunk"], record["seq"], record["run"] = first % REGION_CHUNKS, seq, last - first
-            yield region, record
-            first = last
+def gathered(parts: Iterable[Rows], least: int) -> Iterator[Rows]:
+    """Join parts until there are `least` rows: numpy's calls cost the same for few as for many."""
+    held: list[Rows] = []
+    count = 0
+    for part in parts:
+        held.append(part)
+        count += len(part)
+        if count >= least:
+            yield np.concatenate(held)
+            held, count = [], 0
+    if held:
+        yield np.concatenate(held)
 
 
-def _records(rows: Rows, seq: int) -> Rows:
-    """Return the records of rows that lie in one region."""
-    records = np.zeros(len(rows), RECORD)
+def _records(rows: Rows, seq: int) -> tuple[Words, Rows]:
+    """Turn rows of a footer into records, sorted: the region of each, and the records.
+
+    A zero run is cut at the regions' borders.
+    """
     zero = rows["codec"] == codec.ZERO
-    records["chunk"] = rows["chunk_no"] % np.uint64(REGION_CHUNKS)
-    records["seq"] = seq
-    records["run"] = np.where(zero, rows["length"], 1)
+    firsts = rows["chunk_no"].astype(np.int64)
+    ends = firsts + np.where(zero, rows["length"], 1).astype(np.int64)
+    pieces = (ends - 1) // REGION_CHUNKS - firsts // REGION_CHUNKS + 1
+    source = np.repeat(np.arange(len(rows)), pieces)
+    ordinal = np.arange(len(source)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    regions = firsts[source] // REGION_CHUNKS + ordinal
+    begin = np.maximum(firsts[source], regions * REGION_CHUNKS)
+    stop = np.minimum(ends[source], (regions + 1) * REGION_CHUNKS)
+    records = np.zeros(len(source), RECORD)
+    records["chunk"], records["seq"], records["run"] = begin % REGION_CHUNKS, seq, stop - begin
     for field in ("offset", "xxh3", "id0", "id1"):
-        records[field] = rows[field]
-    records["packed"] = np.where(zero, 0, rows["length"] | (rows["codec"] << CODEC_SHIFT))
-    return records
+        records[field] = rows[field][source]
+    records["packed"] = np.where(zero, 0, rows["length"] | (rows["codec"] << CODEC_SHIFT))[source]
+    return regions.astype(np.uint64), records

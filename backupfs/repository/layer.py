@@ -35,6 +35,7 @@ from backupfs.repository.format import (
 
 _libc = ctypes.CDLL(None)
 _SYNC_FILE_RANGE_WRITE = 2
+_GROUPS = 64  # of rows, read at a time: 900 KiB
 _IOV_MAX = 512  # buffers per pwritev; Linux takes 1,024
 _COPY_ROWS = 16 * 1024  # rows per write of the table
 
@@ -114,7 +115,7 @@ class Layer:
             return self._trailer
 
     def rows(self, first: int = 0, end: int | None = None) -> Iterator[Rows]:
-        """Yield the table's rows that cover chunks in [first, end), in order, some hundred a time, each checked.
+        """Yield the table's rows that cover chunks in [first, end), in order, hundreds at a time, each checked.
 
         A zero run that begins before `first` and reaches into the range is among them.
 
@@ -123,11 +124,12 @@ class Layer:
         """
         trailer = self.trailer()
         group = max(int(np.searchsorted(self._fences, np.uint64(first), "right")) - 1, 0)
-        while group < trailer.fence_count:
-            if end is not None and int(self._fences[group]) >= end:
-                return
-            rows = self._group(trailer, group)
-            group += 1
+        last = trailer.fence_count if end is None else int(np.searchsorted(self._fences, np.uint64(end)))
+        count = 1
+        while group < last:
+            count = min(count, last - group)
+            rows = self._groups(trailer, group, count)
+            group, count = group + count, min(2 * count, _GROUPS)
             if first or end is not None:
                 spans = np.where(rows["codec"] == codec.ZERO, rows["length"], 1).astype(np.uint64)
                 keep = rows["chunk_no"] + spans > first
@@ -137,16 +139,17 @@ class Layer:
             if len(rows):
                 yield rows
 
-    def _group(self, trailer: LayerTrailer, group: int) -> Rows:
+    def _groups(self, trailer: LayerTrailer, group: int, groups: int) -> Rows:
         first = group * FENCE_ROWS
-        count = min(FENCE_ROWS, trailer.rows - first)
+        count = min(FENCE_ROWS * groups, trailer.rows - first)
         offset = trailer.table_offset + first * ROW.itemsize
         rows = np.frombuffer(self.pread(offset, count * ROW.itemsize), ROW)
         wrong = np.flatnonzero(checks(rows, self._seed) != rows["check"])
         if len(wrong):
             raise Corrupt(self.path, offset + int(wrong[0]) * ROW.itemsize, "a row's check does not match")
-        # A valid row in the wrong place: only a misdirected write makes that.
-        if rows["chunk_no"][0] != self._fences[group] or np.any(rows["chunk_no"][1:] <= rows["chunk_no"][:-1]):
+        # Valid rows in the wrong place: only a misdirected write makes that.
+        numbers = rows["chunk_no"]
+        if np.any(numbers[::FENCE_ROWS] != self._fences[group : group + groups]) or np.any(numbers[1:] <= numbers[:-1]):
             raise Corrupt(self.path, offset, "the table's rows are out of order")
         return rows
 
@@ -206,7 +209,6 @@ class LayerWriter:
             self._data_chunks += int(np.count_nonzero(data))
             self._batches.append((int(rows["chunk_no"][0]), spooled, len(rows)))
         rows["offset"][data] += np.uint64(start)
-        rows["check"] = checks(rows, self._seed)
         try:
             for i in range(0, len(payloads), _IOV_MAX):
                 part = payloads[i : i + _IOV_MAX]
@@ -238,6 +240,7 @@ class LayerWriter:
             if int(rows["chunk_no"][0]) <= last or np.any(rows["chunk_no"][1:] <= rows["chunk_no"][:-1]):
                 raise AssertionError("a chunk was written twice")
             last = int(rows["chunk_no"][-1])
+            rows["check"] = checks(rows, self._seed)
             fences.append(rows["chunk_no"][-written % FENCE_ROWS :: FENCE_ROWS])
             encoded = rows.tobytes()
             self._pwrite([encoded], position)

@@ -33,8 +33,8 @@ from backupfs.units import MiB
 
 log = logging.getLogger(__name__)
 
-_REGION_CACHE = 24 * MiB
-_CHUNK_CACHE = 32 * MiB
+_REGION_CACHE = 16 * MiB
+_CHUNK_CACHE = 24 * MiB
 _OPEN_LAYERS = 4096
 
 

@@ -196,9 +196,10 @@ class Repository:
         """Build the index from nothing, beside the old one, and put it in its place."""
         fresh = f"{folder}.{secrets.token_hex(4)}"
         try:
-            index = Index(fresh, self.settings.id)
+            index = Index(fresh, self.settings.id, durable=False)
             try:
                 self._catch_up(index)
+                index.sync()
             finally:
                 index.close()
             # A mount that has the old one open goes on with it: it is complete for what it shows.

@@ -40,6 +40,8 @@ from backupfs.repository.layer import LayerWriter
 from backupfs.repository.manifest import DiskEntry, Manifest, Settings, seal
 from backupfs.repository.point import PointImage, disk_folder, layer_path
 
+_DIGEST_CHUNKS = 4096  # whose part of the digest is worked out at a time
+
 
 @dataclass(frozen=True, slots=True)
 class ChainEnd:
@@ -71,6 +73,9 @@ class DiskWriter:
         self._lock = threading.Lock()
         self._lane0, self._lane1 = parse_digest(parent.entry.digest) if parent else (0, 0)
         self._chunks = parent.entry.allocated_bytes // self._chunk_size if parent else 0
+        self._gone: list[tuple[Words, Words, Words]] = []  # chunk numbers and identities, not in the digest yet
+        self._come: list[tuple[Words, Words, Words]] = []
+        self._waiting = 0
         if parent and self._map:
             # A disk that shrank: when it grows again, what was cut off must not come back.
             self._zero_chunks(self._map, -(-self.size // self._chunk_size), -(-parent.entry.size // self._chunk_size))
@@ -149,21 +154,38 @@ class DiskWriter:
     def _account(self, chunk_no: Words, olds: Rows, news: Rows) -> None:
         """Take the old versions of these chunks out of the map's digest, and the new ones in."""
         was, now = olds["packed"] != 0, news["codec"] != codec.ZERO
-        minus = map_digest(chunk_no[was], olds["id0"][was], olds["id1"][was])
-        plus = map_digest(chunk_no[now], news["id0"][now], news["id1"][now])
         with self._lock:
-            self._lane0 += plus[0] - minus[0]
-            self._lane1 += plus[1] - minus[1]
-            self._chunks += int(np.count_nonzero(now)) - int(np.count_nonzero(was))
+            self._gone.append((chunk_no[was], olds["id0"][was], olds["id1"][was]))
+            self._come.append((chunk_no[now], news["id0"][now], news["id1"][now]))
+            self._waiting += len(chunk_no)
+            if self._waiting >= _DIGEST_CHUNKS:
+                self._settle()
+
+    def _settle(self) -> None:
+        """Work into the digest what waits; many chunks at a time, since a call of numpy's costs the same for one."""
+        for sign, waiting in ((-1, self._gone), (1, self._come)):
+            if not waiting:
+                continue
+            chunk_no, id0, id1 = (np.concatenate(column) for column in zip(*waiting, strict=True))
+            lanes = map_digest(chunk_no, id0, id1)
+            self._lane0 += sign * lanes[0]
+            self._lane1 += sign * lanes[1]
+            self._chunks += sign * len(chunk_no)
+            waiting.clear()
+        self._waiting = 0
 
     @property
     def digest(self) -> str:
         """The digest of the disk's chunk map with all that was given so far."""
+        with self._lock:
+            self._settle()
         return format_digest(self._lane0, self._lane1)
 
     @property
     def allocated_bytes(self) -> int:
         """Bytes in chunks that are not zero, with all that was given so far."""
+        with self._lock:
+            self._settle()
         return self._chunks * self._chunk_size
 
     def _old(self, first: int, count: int) -> Rows:

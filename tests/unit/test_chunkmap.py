@@ -33,5 +33,5 @@ def test_the_newest_visible_version_shows(records: list[tuple[int, int, int, int
         array[field] = [r[i] for r in records]
     positions = np.zeros(REGION_CHUNKS, POSITION)
     positions["packed"] = 7
-    resolve(array, seq, positions)
+    resolve(array["chunk"].astype(np.intp), array, seq, positions)
     assert list(zip(positions["seq"].tolist(), positions["packed"].tolist(), strict=True)) == expected
