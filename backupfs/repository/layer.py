@@ -32,9 +32,11 @@ from backupfs.repository.format import (
     header_seed,
     round_up,
 )
+from backupfs.units import MiB
 
 _libc = ctypes.CDLL(None)
 _SYNC_FILE_RANGE_WRITE = 2
+_WRITEBACK = 8 * MiB
 _GROUPS = 64  # of rows, read at a time: 900 KiB
 _IOV_MAX = 512  # buffers per pwritev; Linux takes 1,024
 _COPY_ROWS = 16 * 1024  # rows per write of the table
@@ -173,7 +175,7 @@ class LayerWriter:
         self._encoded = header.encode()
         self._seed = header_seed(self._encoded)
         self._lock = threading.Lock()
-        self._end = HEADER_SIZE
+        self._end = self._begun = HEADER_SIZE  # where the next payload goes; up to where writing was begun
         self._stored = 0
         self._data_chunks = 0
         self._batches: list[tuple[int, int, int]] = []  # first chunk, first row in the spool, rows
@@ -208,6 +210,9 @@ class LayerWriter:
             self._stored += length
             self._data_chunks += int(np.count_nonzero(data))
             self._batches.append((int(rows["chunk_no"][0]), spooled, len(rows)))
+            begun, due = self._begun, self._end - self._begun >= _WRITEBACK
+            if due:
+                self._begun = self._end
         rows["offset"][data] += np.uint64(start)
         try:
             for i in range(0, len(payloads), _IOV_MAX):
@@ -215,7 +220,8 @@ class LayerWriter:
                 self._pwrite(part, start)
                 start += sum(len(p) for p in part)
             _pwrite_all(self._spool, [memoryview(rows.tobytes())], spooled * ROW.itemsize)
-            _start_writeback(self._fd, start - length, length)
+            if due:
+                _start_writeback(self._fd, begun, self._end - begun)
         except OSError as e:
             raise _write_error(self.path, e) from e
 

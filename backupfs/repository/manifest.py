@@ -4,7 +4,7 @@ The last member, `blake3`, covers all bytes before it, so that a flipped bit any
 file still is plain JSON.
 """
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 import blake3
 import msgspec
@@ -103,6 +103,18 @@ def _check_version(data: bytes, path: str) -> None:
         raise UnsupportedFormat(f"{path}: format version {version}; this backupfs knows version {VERSION}")
 
 
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+def _decode(data: bytes, path: str, kind: type[T]) -> T:
+    _check_version(data, path)
+    _open_seal(data, path)
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.DecodeError as e:
+        raise Corrupt(path, 0, str(e)) from e
+
+
 def decode_manifest(data: bytes, path: str) -> Manifest:
     """Return the manifest in `data`.
 
@@ -110,19 +122,9 @@ def decode_manifest(data: bytes, path: str) -> Manifest:
         Corrupt: damaged.
         UnsupportedFormat: of a later format version.
     """
-    _check_version(data, path)
-    _open_seal(data, path)
-    try:
-        return msgspec.json.decode(data, type=Manifest)
-    except msgspec.DecodeError as e:
-        raise Corrupt(path, 0, str(e)) from e
+    return _decode(data, path, Manifest)
 
 
 def decode_settings(data: bytes, path: str) -> Settings:
     """Return the settings in `data`. Raises as `decode_manifest`."""
-    _check_version(data, path)
-    _open_seal(data, path)
-    try:
-        return msgspec.json.decode(data, type=Settings)
-    except msgspec.DecodeError as e:
-        raise Corrupt(path, 0, str(e)) from e
+    return _decode(data, path, Settings)

@@ -28,6 +28,8 @@ _WORKERS = min(4, max(2, os.cpu_count() or 1))
 _QUEUE = 2 * _WORKERS  # parts waiting for or at a worker
 AUDIT = 64  # chunks
 
+Part = tuple[int, memoryview]  # offset, bytes
+
 # (disk, bytes of the disk dealt with, size of the disk, bytes read): called from the calling thread, often.
 Progress = Callable[[str, int, int, int], None]
 
@@ -221,16 +223,29 @@ class _DiskBackup:
         pending: set[Future[None]] = set()
         with ThreadPoolExecutor(_WORKERS, "ingest") as workers:
             try:
-                for offset, data in self._source.read_many(self._ranges(target, plan)):
-                    self._read_bytes += len(data)
+                for parts in self._batches(target, plan):
                     if len(pending) >= _QUEUE:
                         pending = _settle(pending)
-                    pending.add(workers.submit(target.write, offset, data))
+                    pending.add(workers.submit(_write, target, parts))
                 for future in pending:
                     future.result()
             except BaseException:
                 workers.shutdown(wait=True, cancel_futures=True)
                 raise
+
+    def _batches(self, target: DiskWriter, plan: Iterator[tuple[Extent, bool]]) -> Iterator[list[Part]]:
+        """Read what the plan wants; yield it some MiB at a time: to hand a part over costs as much as to hash it."""
+        held: list[Part] = []
+        size = 0
+        for offset, data in self._source.read_many(self._ranges(target, plan)):
+            self._read_bytes += len(data)
+            held.append((offset, data))
+            size += len(data)
+            if size >= _PART:
+                yield held
+                held, size = [], 0
+        if held:
+            yield held
 
     def _ranges(self, target: DiskWriter, plan: Iterator[tuple[Extent, bool]]) -> Iterator[tuple[int, int]]:
         """Yield what is to be read, at most _PART at a time; zero ranges go to the layer on the way."""
@@ -243,6 +258,11 @@ class _DiskBackup:
                     self._progress(self._disk.name, offset, size, self._read_bytes)
                     yield offset, min(_PART, extent.end - offset)
             self._progress(self._disk.name, extent.end, size, self._read_bytes)
+
+
+def _write(target: DiskWriter, parts: list[Part]) -> None:
+    for offset, data in parts:
+        target.write(offset, data)
 
 
 def _settle(pending: set[Future[None]]) -> set[Future[None]]:
