@@ -150,7 +150,7 @@ def backup(
     request = service.BackupRequest(
         vm=names.check_name(vm, "VM"),
         disks=[service.DiskRequest(names.check_name(d, "disk"), s, named.get(d)) for d, s in sources.items()],
-        moment=parse_time(time) if time else datetime.now(UTC),
+        moment=parse_time(time) if time is not None else datetime.now(UTC),
         since=since,
         audit=audit,
         full=full,

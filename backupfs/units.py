@@ -46,6 +46,6 @@ def parse_time(text: str) -> datetime:
     """
     try:
         moment = datetime.fromisoformat(text)
-    except ValueError as e:
+        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    except (ValueError, OverflowError) as e:
         raise UsageError(f"not a time: {text!r}; write for example 2026-11-22T20:00:00Z") from e
-    return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)

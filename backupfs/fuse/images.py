@@ -61,6 +61,7 @@ class OpenImages:
         self._drop_pages = drop_pages
         self._shared: dict[int, _Shared] = {}
         self._checked: set[int] = set()
+        self._condemned: dict[int, Exception] = {}
         self._reads = trio.CapacityLimiter(READS_AT_ONCE)
         self._calls = trio.CapacityLimiter(_CALLS_AT_ONCE)
         self._checks = trio.CapacityLimiter(1)  # it takes a processor for seconds: never two of them
@@ -71,6 +72,8 @@ class OpenImages:
         Raises:
             BackupfsError: it can't be opened.
         """
+        if inode in self._condemned:
+            raise Condemned(f"the image can't be trusted: {self._condemned[inode]}")
         shared = self._shared.setdefault(inode, _Shared())
         shared.users += 1
         try:
@@ -132,7 +135,7 @@ class OpenImages:
             await self._in_thread(lambda: check(image), self._checks)
             self._checked.add(inode)
         except Exception as e:  # noqa: BLE001, a check that can't be done is no reason to end the mount
-            shared.condemned = e
+            shared.condemned = self._condemned[inode] = e
             log.error("%s: every read of it fails from now on: %s", self._describe(inode), e)
             # Later reads are refused; what earlier ones left in the page cache would still be served by the kernel.
             await self._in_thread(lambda: self._drop_pages(inode), self._checks)

@@ -28,6 +28,7 @@ POSITION = np.dtype(
 UNPACK = struct.Struct("<QQQQII")
 assert UNPACK.size == POSITION.itemsize
 
+_DIGEST_RECORDS = 1 << 16
 _DIGEST_REGIONS = 64  # resolved at a time where nobody waits: 16,384 chunks
 
 # (the chain's number, seq, region) -> a region's positions; shared by all maps of a repository.
@@ -79,6 +80,7 @@ class ChunkMap:
         self._base = base
         self._base_seq = base.header.seq
         self._cache = cache
+        self._records = 0  # that the last look-up met: how much the digest takes at a time
 
     def region(self, region: int) -> bytes:
         """Return the region's positions, REGION_CHUNKS times POSITION, from the cache if they are there.
@@ -107,6 +109,7 @@ class ChunkMap:
             positions[(data["chunk_no"] - np.uint64(first)).astype(np.intp)] = found
         if self._seq != self._base_seq:
             regions, records = self._index.records(self._chain_no, region, region + count)
+            self._records = len(records)
             places = (regions - np.uint64(region)).astype(np.intp) * REGION_CHUNKS + records["chunk"]
             resolve(places, records, self._seq, positions)
         return positions
@@ -136,13 +139,14 @@ class ChunkMap:
             regions: how many regions the disk has.
         """
         lane0 = lane1 = chunks = 0
-        region = next(self.occupied(0, regions), regions)
+        region, count = next(self.occupied(0, regions), regions), 1
         while region < regions:
-            count = min(_DIGEST_REGIONS, regions - region)
+            count = min(count, regions - region)
             positions = self.positions(region, count)
+            done, count = count, min(2 * count, _DIGEST_REGIONS) if self._records < _DIGEST_RECORDS else count // 2 or 1
             data = np.flatnonzero(positions["packed"])
             numbers = (data + region * REGION_CHUNKS).astype(np.uint64)
             a, b = map_digest(numbers, positions["id0"][data], positions["id1"][data])
             lane0, lane1, chunks = lane0 + a, lane1 + b, chunks + len(data)
-            region = next(self.occupied(region + count, regions), regions)
+            region = next(self.occupied(region + done, regions), regions)
         return lane0, lane1, chunks

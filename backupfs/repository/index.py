@@ -186,6 +186,17 @@ class Index:
         except lmdb.Error as e:
             raise self._corrupt(e) from e
 
+    def last_seq(self, chain_no: int) -> int:
+        """Return the highest seq that is indexed of a chain."""
+        try:
+            with self._env.begin(db=self._layers) as txn:
+                cursor = txn.cursor()
+                found = cursor.prev() if cursor.set_range(_PAIR.pack(chain_no + 1, 0)) else cursor.last()
+                chain, seq = _PAIR.unpack(cursor.key()) if found else (chain_no, 0)
+            return int(seq) if chain == chain_no else 0
+        except (lmdb.Error, struct.error) as e:
+            raise self._corrupt(e) from e
+
     def records(self, chain_no: int, first: int, end: int) -> tuple[Words, Rows]:
         """Return all records of the regions in [first, end), checked: the region of each, and the records.
 
@@ -229,7 +240,7 @@ class Index:
         takes 500 MiB.
         """
         if self._map_address:
-            size = ctypes.c_size_t(os.path.getsize(self._file))
+            size = ctypes.c_size_t((self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"])
             _libc.madvise(ctypes.c_void_p(self._map_address), size, _MADV_DONTNEED)
 
     def _check_records(self, chain_no: int, regions: Words, records: Rows, summaries: list[tuple[int, int]]) -> None:
@@ -271,9 +282,9 @@ class Index:
                 for layer in layers:
                     self._add_layer(txn, layer)
                 txn.put(f"{vm}\0{point}".encode(), seal, db=self._points)
-        except lmdb.DiskError as e:
-            raise RepositoryError(f"{self._file}: {e}") from e
         except (lmdb.Error, struct.error) as e:
+            if isinstance(e, lmdb.DiskError) or "Input/output error" in str(e) or "No space" in str(e):
+                raise RepositoryError(f"{self._file}: {e}") from e  # LMDB says EIO of a full disk, too
             raise self._corrupt(e) from e
 
     def forget(self, points: Iterable[tuple[str, str]]) -> None:

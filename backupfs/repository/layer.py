@@ -244,7 +244,7 @@ class LayerWriter:
         written, last = 0, -1
         for rows in self._sorted_rows():
             if int(rows["chunk_no"][0]) <= last or np.any(rows["chunk_no"][1:] <= rows["chunk_no"][:-1]):
-                raise AssertionError("a chunk was written twice")
+                raise RepositoryError(f"{self.path}: a chunk was given twice; nothing was published")
             last = int(rows["chunk_no"][-1])
             rows["check"] = checks(rows, self._seed)
             fences.append(rows["chunk_no"][-written % FENCE_ROWS :: FENCE_ROWS])

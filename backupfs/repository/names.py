@@ -85,11 +85,18 @@ def chain_named(name: str, generation: int) -> str:
 
 def point_id(moment: datetime, ordinal: int) -> str:
     """Return the id of the `ordinal`th point (from 1) of one second."""
-    stamp = moment.astimezone(UTC).strftime("%Y%m%dT%H%M%SZ")
+    moment = moment.astimezone(UTC)
+    stamp = f"{moment.year:04d}" + moment.strftime("%m%dT%H%M%SZ")  # glibc's %Y does not pad
     return stamp if ordinal == 1 else f"{stamp}-{ordinal}"
 
 
 def point_key(point: str) -> tuple[str, int] | None:
     """Return what points are ordered by, or None when `point` is not a point's id."""
     match = _POINT.fullmatch(point)
-    return (match[1], int(match[2] or 1)) if match else None
+    if match is None:
+        return None
+    try:
+        datetime.fromisoformat(match[1])
+    except ValueError:
+        return None
+    return match[1], int(match[2] or 1)

@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import shutil
+import struct
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -242,7 +243,7 @@ class Repository:
                 manifest = self.manifest(vm, point)
                 layers = catalog.layers_to_index(self.path, index, manifest)
                 index.add(vm, point, seal_of(self.manifest_json(vm, point)), layers)
-            except (NotFound, Corrupt) as e:
+            except (RepositoryError, ValueError, struct.error) as e:
                 if isinstance(e, Corrupt) and e.file.startswith(index.folder):
                     raise
                 log.error("point %s/%s can't be indexed: %s", vm, point, e)
@@ -307,7 +308,11 @@ class Writer:
         repository = self._repository
         best: tuple[tuple[int, int], str, DiskEntry] | None = None
         for point in repository.points(vm):
-            entry = repository.manifest(vm, point).disk(disk)
+            try:
+                entry = repository.manifest(vm, point).disk(disk)
+            except Corrupt as e:
+                log.warning("%s", e)  # if it was the chain's end, its layer shows that, and no bitmap is trusted
+                continue
             if entry is None:
                 continue
             name, generation = names.chain_of(entry.chain)
@@ -316,7 +321,28 @@ class Writer:
         if best is None:
             return None
         _, point, entry = best
-        return ChainEnd(point, entry, repository._image(vm, point, entry))
+        image = repository._image(vm, point, entry)
+        try:
+            image.check_map()
+        except Corrupt as e:
+            # What is compared with a wrong map would make a wrong point, for ever.
+            log.warning("%s: building the index again", e)
+            repository._reindex()
+            image = repository._image(vm, point, entry)
+            image.check_map()
+        index = repository.store.index
+        return ChainEnd(point, entry, image, index.last_seq(index.chain_no(vm, disk, entry.chain) or 0))
+
+    def last_format(self, vm: str, disk: str) -> str | None:
+        """Return the image format of the newest point of a disk that was taken from a file, or None."""
+        for point in reversed(self._repository.points(vm)):
+            try:
+                entry = self._repository.manifest(vm, point).disk(disk)
+            except Corrupt:
+                continue
+            if entry and entry.source_format not in (None, "nbd"):
+                return entry.source_format
+        return None
 
     def next_chain(self, vm: str, disk: str, chain: str) -> str:
         """Return the full name of a new generation of `chain`."""

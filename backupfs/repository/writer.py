@@ -50,6 +50,7 @@ class ChainEnd:
     point: str
     entry: DiskEntry
     image: PointImage
+    last_seq: int = 0  # the highest that is indexed: of a point that was taken away since, maybe
 
 
 class DiskWriter:
@@ -239,7 +240,7 @@ class PointWriter:
             layer_id=LayerId(secrets.token_bytes(16)),
             parent_id=LayerId(bytes.fromhex(parent.entry.layer_id)) if parent else NO_LAYER,
             parent_seq=parent.entry.seq if parent else 0,
-            seq=self._next_seq(disk, chain, parent.entry.seq) if parent else 0,
+            seq=self._next_seq(disk, chain, max(parent.entry.seq, parent.last_seq)) if parent else 0,
             chunk_size=self._chunk_size,
             virtual_size=size,
             vm=self.vm,
@@ -255,6 +256,12 @@ class PointWriter:
             raise
         self._disks.append(writer)
         return writer
+
+    def drop_disk(self, writer: DiskWriter) -> None:
+        """Give up a disk that was begun, as if it never had been."""
+        self._disks.remove(writer)
+        writer.layer.close()
+        os.unlink(writer.layer.path)
 
     def _next_seq(self, disk: str, chain: str, last: int) -> int:
         """Return a number that was never used in the chain: a layer that a crash left behind keeps its own."""

@@ -119,11 +119,8 @@ class _DiskBackup:
     def take(self, writer: Writer, point: PointWriter) -> None:
         """Read the disk and finish its layer."""
         name, end, source = self._disk.name, self._end, self._source
-        if end is None:
-            chain = writer.next_chain(self._request.vm, name, self._request.chain)
-        else:
-            chain = end.entry.chain
-            self._check_format(end)
+        chain = writer.next_chain(self._request.vm, name, self._request.chain) if end is None else end.entry.chain
+        self._check_format(writer.last_format(self._request.vm, name))
         target = point.add_disk(name, source.size, chain, end)
         self._chunk_size = target.layer.header.chunk_size
         read, reason = self._mode(target.layer.header.seq)
@@ -135,7 +132,10 @@ class _DiskBackup:
             self._ingest(target, self._watch(self._plan(lambda dirty: dirty), clean, clean_zero))
             wrong = self._audit(clean, clean_zero)
             if wrong is not None:
-                self._ingest(target, self._plan(lambda dirty: not dirty))
+                # Anew: what the server called clean the second time need not be what it called clean the first time.
+                point.drop_disk(target)
+                target = point.add_disk(name, source.size, chain, end)
+                self._ingest(target, self._plan(lambda dirty: True))
                 read = "all"
                 reason = f"bitmap {self._disk.bitmap!r} does not know of a change at offset {wrong}: all was read"
         point.finish_disk(target, read=read, reason=reason, bitmap=source.bitmap, source_format=source.format)
@@ -161,12 +161,16 @@ class _DiskBackup:
             return "all", f"the disk shrank {sizes}: a bitmap does not tell what was cut off"
         return "dirty", ""
 
-    def _check_format(self, end: ChainEnd) -> None:
-        """A guest can write the header of another format, with any host file as its backing file, on a raw disk."""
-        if end.entry.source_format == "raw" and self._source.format not in ("raw", "nbd"):
+    def _check_format(self, last: str | None) -> None:
+        """A guest can write the header of another format, with any host file as its backing file, on a raw disk.
+
+        Args:
+            last: the format of the newest point that was taken from a file, in any chain.
+        """
+        if last == "raw" and self._source.format not in ("raw", "nbd"):
             raise SourceError(
-                f"{self._disk.source}: looks like {self._source.format} now and was raw at point {end.point}; a guest "
-                "can write such a header. If you converted the image yourself, start a new chain with --full"
+                f"{self._disk.source}: looks like {self._source.format} now and was raw before; a guest can write such "
+                "a header. If you converted the image yourself, serve it with qemu-nbd and name its NBD URI"
             )
 
     def _plan(self, wanted: Callable[[bool], bool]) -> Iterator[tuple[Extent, bool]]:
@@ -237,7 +241,7 @@ class _DiskBackup:
         """Read what the plan wants; yield it some MiB at a time: to hand a part over costs as much as to hash it."""
         held: list[Part] = []
         size = 0
-        for offset, data in self._source.read_many(self._ranges(target, plan)):
+        for offset, data in self._chunks_of(self._ranges(target, plan)):
             self._read_bytes += len(data)
             held.append((offset, data))
             size += len(data)
@@ -247,11 +251,21 @@ class _DiskBackup:
         if held:
             yield held
 
+    def _chunks_of(self, ranges: Iterator[tuple[int, int]]) -> Iterator[Part]:
+        """Read ranges, in parts of whole chunks; a server that answers in smaller ones is asked range by range."""
+        if self._source.request_size % self._chunk_size == 0:
+            yield from self._source.read_many(ranges)
+            return
+        for offset, length in ranges:
+            buffer = memoryview(bytearray(length))
+            self._source.readinto(offset, buffer)
+            yield offset, buffer
+
     def _ranges(self, target: DiskWriter, plan: Iterator[tuple[Extent, bool]]) -> Iterator[tuple[int, int]]:
         """Yield what is to be read, at most _PART at a time; zero ranges go to the layer on the way."""
         size = self._source.size
         for extent, wanted in plan:
-            if wanted and extent.flag:
+            if extent.flag:  # clean or not: it costs nothing to take the server's word, and a bitmap may have missed it
                 target.zero(extent.offset, extent.length)
             elif wanted:
                 for offset in range(extent.offset, extent.end, _PART):

@@ -28,12 +28,14 @@ class Source(Image, Protocol):
     Attributes:
         description: for messages and the manifest: the URI or the path.
         format: "nbd" for a URI, else QEMU's name of the image's format: "raw", "qcow2", ...
+        request_size: bytes of the parts that `read_many` yields.
         bitmap: the dirty bitmap that can be used, or None.
         bitmap_problem: why the bitmap that was asked for can't be used; None if it can, or if none was asked for.
     """
 
     description: str
     format: str
+    request_size: int
     bitmap: str | None
     bitmap_problem: str | None
 

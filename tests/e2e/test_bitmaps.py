@@ -155,6 +155,26 @@ def test_a_bitmap_is_not_trusted_when_a_point_was_taken_away(repo: Path, image: 
     assert "taken away" in str(entry["reason"])
 
 
+def test_a_disk_that_shrank_and_grew_again_between_two_points(repo: Path, image: Path) -> None:
+    """Its size is what it was, and the bitmap is clean where the old bytes are gone."""
+    write(image, "write -P 3 60M 4M")
+    take(repo, image)
+    bitmap(image, "--add")
+    bitmap(image, "--remove")
+    servers.run("qemu-img", "resize", "-q", "--shrink", image, "62M")
+    servers.run("qemu-img", "resize", "-q", image, "64M")
+    bitmap(image, "--add")
+    take(repo, image, "--bitmap", "vda=b0", "--audit", "0")
+
+
+def test_a_server_with_small_requests(repo: Path) -> None:
+    options = ["--filter=blocksize-policy"]
+    with servers.nbdkit(
+        "pattern", "size=3M", "blocksize-maximum=32K", "blocksize-error-policy=error", options=options
+    ) as server:
+        backupfs(repo, "backup", "web01", f"vda={server.uri}")
+
+
 def test_two_chains_with_bitmaps_of_their_own(repo: Path, image: Path) -> None:
     for chain in ("daily", "weekly"):
         take(repo, image, "--chain", chain)
