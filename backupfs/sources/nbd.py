@@ -7,6 +7,7 @@ says it can. A connection that is cut, or silent for `timeout_s`, ends the wire:
 
 import errno
 import select
+import signal
 import threading
 import time
 from collections import deque
@@ -74,22 +75,19 @@ class _Connection:
             raise nbd.Error("the server closed the connection", errno.ENOTCONN)
 
     def _notify_apart(self, events: int) -> None:
-        """Notify from another thread: only the main thread gets a Ctrl-C, and in a callback libnbd would print and
-        forget it. 0.1 ms for what happens once for a GiB of the disk.
-        """
-        errors = []
-
-        def notify() -> None:
-            try:
-                self._notify(events)
-            except nbd.Error as e:
-                errors.append(e)
-
-        thread = threading.Thread(target=notify, name="block status", daemon=True)
-        thread.start()
-        thread.join()
-        if errors:
-            raise errors[0]
+        """Notify, and let a Ctrl-C wait until it is over: what is raised in a callback libnbd prints and forgets."""
+        before = signal.getsignal(signal.SIGINT)
+        if not callable(before):  # ignored, or it ends the process: no exception either way
+            self._notify(events)
+            return
+        came: list[int] = []
+        signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+        try:
+            self._notify(events)
+        finally:
+            signal.signal(signal.SIGINT, before)
+            if came:
+                signal.raise_signal(signal.SIGINT)
 
     def _notify(self, events: int) -> None:
         direction = self.handle.aio_get_direction()

@@ -190,12 +190,17 @@ def test_ctrl_c_is_not_lost_while_asking_for_status(tmp_path: Path) -> None:
             "while True:\n  list(s.status(0, s.size))\n"
         )
         for delay_s in (0.0, 0.003, 0.007, 0.011, 0.017, 0.023, 0.031, 0.037):
-            child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            assert child.stdout is not None
-            child.stdout.readline()
-            time.sleep(delay_s)
-            child.send_signal(signal.SIGINT)
-            _, errors = child.communicate(timeout=10)
+            with subprocess.Popen(
+                [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            ) as child:
+                assert child.stdout is not None
+                child.stdout.readline()
+                time.sleep(delay_s)
+                child.send_signal(signal.SIGINT)
+                try:
+                    _, errors = child.communicate(timeout=10)
+                finally:
+                    child.kill()
             assert errors.decode().rstrip().endswith("KeyboardInterrupt")
             assert errors.count(b"Traceback") == 1
 
