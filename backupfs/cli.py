@@ -1,14 +1,14 @@
 """The command line: parse, call a service, print. The only place that prints errors and exits."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -20,6 +20,9 @@ from backupfs.repository.manifest import Manifest
 from backupfs.repository.repository import Repository
 from backupfs.services import points as listing
 from backupfs.units import format_size, parse_size, parse_time
+
+if TYPE_CHECKING:
+    from backupfs.services.backup import PlannedDisk
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -101,10 +104,19 @@ def init(chunk_size: str, codec_name: str) -> None:
     Repository.init(_path(), chunk_size=parse_size(chunk_size), codec_name=codec_name)
 
 
-@cli.command(epilog="Example: backupfs backup web01 vda=nbd+unix:///vda?socket=/run/web01.nbd --bitmap vda=b0")
+@cli.command(
+    epilog="""Examples:
+
+    \b
+    backupfs backup web01 vda=disk.qcow2
+    backupfs backup web01 vda=nbd+unix:///vda?socket=/run/web01.nbd --bitmap vda=b0
+    backupfs backup web01 --qmp /run/web01.qmp
+    backupfs backup web01 --libvirt qemu:///system
+    """
+)
 @_repository_option
 @click.argument("vm")
-@click.argument("disks", nargs=-1, required=True, metavar="DISK=SOURCE…")
+@click.argument("disks", nargs=-1, metavar="[DISK=SOURCE]…")
 @click.option(
     "--bitmap",
     "bitmaps",
@@ -113,6 +125,26 @@ def init(chunk_size: str, codec_name: str) -> None:
     help="The dirty bitmap that has recorded since the chain's last point.",
 )
 @click.option("--since", metavar="POINT", help="Refuse unless the chain ends at this point.")
+@click.option("--qmp", metavar="SOCKET", help="A running QEMU's QMP socket; bitmaps are made and kept by backupfs.")
+@click.option(
+    "--libvirt", metavar="URI", help="The same through libvirt's backup-begin; also for a domain that is off."
+)
+@click.option("--domain", metavar="NAME", help="The domain's name for libvirt; without it, VM.")
+@click.option("--disk", "only", multiple=True, metavar="NAME", help="Only this disk of the running VM (repeatable).")
+@click.option(
+    "--freeze",
+    type=click.Choice(["auto", "never", "require"]),
+    default="auto",
+    show_default=True,
+    help="Freeze the guest's file systems through its agent for the moment (libvirt).",
+)
+@click.option(
+    "--scratch",
+    default="/var/tmp",  # noqa: S108, private folders are made in it
+    show_default=True,
+    metavar="FOLDER",
+    help="Where what the guest overwrites meanwhile is kept; better not where its disks are.",
+)
 @click.option(
     "--audit",
     type=click.IntRange(0),
@@ -124,40 +156,62 @@ def init(chunk_size: str, codec_name: str) -> None:
 @click.option("--full", is_flag=True, help="Start a new chain.")
 @click.option("--chain", default="main", show_default=True, metavar="NAME", help="One of several independent chains.")
 @click.option("--time", "time", metavar="TIME", help="The point's time, UTC; without it, now.")
+@click.option("--dry-run", is_flag=True, help="Say how each disk would be read; touch nothing.")
+@click.option("--no-wait", is_flag=True, help="Fail when another process writes to the repository; else wait for it.")
 @_json_option
 def backup(
     vm: str,
     disks: tuple[str, ...],
     bitmaps: tuple[str, ...],
     since: str | None,
+    qmp: str | None,
+    libvirt: str | None,
+    domain: str | None,
+    only: tuple[str, ...],
+    freeze: Literal["auto", "never", "require"],
+    scratch: str,
     audit: int,
     full: bool,
     chain: str,
     time: str | None,
+    dry_run: bool,
+    no_wait: bool,
     as_json: bool,
 ) -> None:
-    """Take one point of VM from image files or NBD exports.
+    """Take one point of VM: from image files or NBD exports, a running QEMU, or a domain of libvirt's.
 
-    The first point of a chain is full. The next ones hold what changed: by a dirty bitmap where one is named and
+    The first point of a chain is full. The next ones hold what changed: by a dirty bitmap where one is there and
     usable, else by reading all of the disk and comparing it with the chain's last point.
     """
     from backupfs.services import backup as service  # noqa: PLC0415, libnbd is not needed for the other commands
+    from backupfs.services import machines  # noqa: PLC0415, as above
 
-    named = _pairs(bitmaps, "--bitmap", "DISK=NAME")
-    sources = _pairs(disks, "DISK=SOURCE", "DISK=SOURCE")
-    for disk in named.keys() - sources.keys():
-        raise UsageError(f"--bitmap {disk}=…: no such disk in this backup")
     request = service.BackupRequest(
         vm=names.check_name(vm, "VM"),
-        disks=[service.DiskRequest(names.check_name(d, "disk"), s, named.get(d)) for d, s in sources.items()],
-        moment=parse_time(time) if time is not None else datetime.now(UTC),
+        open=machines.opener(
+            machines.Wanted(
+                disks=_pairs(disks, "DISK=SOURCE", "DISK=SOURCE"),
+                bitmaps=_pairs(bitmaps, "--bitmap", "DISK=NAME"),
+                qmp=qmp,
+                libvirt=libvirt,
+                domain=domain or vm,
+                only=only,
+                freeze=freeze,
+                scratch=scratch,
+            )
+        ),
+        moment=parse_time(time) if time is not None else None,
         since=since,
         audit=audit,
         full=full,
         chain=names.check_chain(chain),
     )
+    if dry_run:
+        with _open() as repository:
+            _print_plan(service.plan(repository, request), as_json)
+        return
     with _open() as repository, _progress() as progress:
-        manifest = service.backup(repository, request, progress)
+        manifest = service.backup(repository, request, progress, None if no_wait else _tell)
     if as_json:
         _print_json(listing.point_summary(manifest))
         return
@@ -165,6 +219,19 @@ def backup(
     for d in manifest.disks:
         stored = f"{format_size(d.data_bytes)} of data, {format_size(d.stored_bytes)} stored"
         click.echo(f"  {d.name}: {d.kind}, {stored}, read {d.read}" + (f" ({d.reason})" if d.reason else ""))
+
+
+def _tell(message: str) -> None:
+    click.echo(f"backupfs: {message}", err=True)
+
+
+def _print_plan(plan: "list[PlannedDisk]", as_json: bool) -> None:
+    if as_json:
+        _print_json([dataclasses.asdict(d) for d in plan])
+        return
+    rows: list[tuple[str, ...]] = [("DISK", "SIZE", "KIND", "READ", "SOURCE", "REASON")]
+    rows += [(d.name, format_size(d.size), d.kind, d.read, d.source, d.reason) for d in plan]
+    _print_table(rows)
 
 
 @cli.command(epilog="Example: backupfs points web01 --json")

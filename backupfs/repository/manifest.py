@@ -36,6 +36,7 @@ class DiskEntry(msgspec.Struct, frozen=True, kw_only=True):
     allocated_bytes: int  # of the whole disk as it shows at this point
     digest: str
     bitmap: str | None = None
+    recorder: str | None = None  # what has recorded since: QEMU's bitmap, libvirt's checkpoint
     source_format: str | None = None
 
 

@@ -12,7 +12,7 @@ import secrets
 import shutil
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
 from backupfs.errors import Corrupt, Locked, NotFound, RepositoryError, UsageError
@@ -135,6 +135,22 @@ class Repository:
             raise Corrupt(path, 0, "this is the manifest of another point")
         return found
 
+    def chain_end(self, vm: str, disk: str, chain: str) -> tuple[str, DiskEntry] | None:
+        """Return the last point of the newest generation of the chain that the user calls `chain`, and its entry."""
+        best: tuple[tuple[int, int], str, DiskEntry] | None = None
+        for point in self.points(vm):
+            try:
+                entry = self.manifest(vm, point).disk(disk)
+            except Corrupt as e:
+                log.warning("%s", e)  # if it was the chain's end, its layer shows that, and no bitmap is trusted
+                continue
+            if entry is None:
+                continue
+            name, generation = names.chain_of(entry.chain)
+            if name == chain and (best is None or (generation, entry.seq) > best[0]):
+                best = (generation, entry.seq), point, entry
+        return best[1:] if best else None
+
     def open_image(self, vm: str, point: str, disk: str) -> PointImage:
         """Return a disk at a point as an Image.
 
@@ -252,7 +268,7 @@ class Repository:
             index.forget(gone)
 
     @contextlib.contextmanager
-    def _writer_lock(self) -> Iterator[None]:
+    def _writer_lock(self, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
         path = os.path.join(self.path, "lock")
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -263,7 +279,11 @@ class Repository:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as e:
                 holder = os.pread(fd, 64, 0).decode(errors="replace").strip() or "another process"
-                raise Locked(f"{self.path}: {holder} is writing to this repository; try again when it is done") from e
+                if waiting is None:
+                    message = f"{self.path}: {holder} is writing to this repository; try again when it is done"
+                    raise Locked(message) from e
+                waiting(f"{self.path}: {holder} is writing to this repository; waiting until it is done")
+                fcntl.flock(fd, fcntl.LOCK_EX)
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"process {os.getpid()}\n".encode(), 0)
             yield
@@ -271,14 +291,17 @@ class Repository:
             os.close(fd)
 
     @contextlib.contextmanager
-    def writer(self) -> Iterator["Writer"]:
+    def writer(self, waiting: Callable[[str], None] | None = None) -> Iterator["Writer"]:
         """Take the writer lock for the `with` block, and remove what dead writers left.
 
+        Args:
+            waiting: called with a message when another process has it, before waiting for that; None: do not wait.
+
         Raises:
-            Locked: another process has it.
+            Locked: another process has it, and it is not waited for.
             RepositoryError: there is hardly any space left.
         """
-        with self._writer_lock():
+        with self._writer_lock(waiting):
             try:
                 tmp = os.path.join(self.path, "tmp")
                 os.makedirs(tmp, mode=0o700, exist_ok=True)
@@ -306,21 +329,10 @@ class Writer:
             Corrupt: a manifest or the chain's base is damaged.
         """
         repository = self._repository
-        best: tuple[tuple[int, int], str, DiskEntry] | None = None
-        for point in repository.points(vm):
-            try:
-                entry = repository.manifest(vm, point).disk(disk)
-            except Corrupt as e:
-                log.warning("%s", e)  # if it was the chain's end, its layer shows that, and no bitmap is trusted
-                continue
-            if entry is None:
-                continue
-            name, generation = names.chain_of(entry.chain)
-            if name == chain and (best is None or (generation, entry.seq) > best[0]):
-                best = (generation, entry.seq), point, entry
-        if best is None:
+        found = repository.chain_end(vm, disk, chain)
+        if found is None:
             return None
-        _, point, entry = best
+        point, entry = found
         image = repository._image(vm, point, entry)
         try:
             image.check_map()

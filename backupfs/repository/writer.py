@@ -217,12 +217,20 @@ class PointWriter:
         settings: of the repository.
         vm: a checked name.
         moment: the point's time.
+
+    Attributes:
+        id: the point's; free, and staying so while the writer lock is held.
+        consistency, domain_xml: for the manifest.
     """
 
     def __init__(self, root: str, settings: Settings, vm: str, moment: datetime) -> None:
         self.vm = vm
         self.moment = moment.astimezone(UTC)
+        self.consistency: Literal["crash", "frozen"] = "crash"
+        self.domain_xml: str | None = None
         self._root = root
+        self._points = os.path.join(os.path.dirname(os.path.dirname(disk_folder(root, vm, "x"))), "points")
+        self.id = self._free_id()
         self._repository_id = settings.id
         self._chunk_size = settings.chunk_size
         self._codec = codec.by_name(settings.codec)
@@ -276,6 +284,7 @@ class PointWriter:
         read: Literal["all", "dirty"],
         reason: str,
         bitmap: str | None = None,
+        recorder: str | None = None,
         source_format: str | None = None,
     ) -> DiskEntry:
         """Complete the disk's layer and put it on the disk, still under its temporary name.
@@ -303,6 +312,7 @@ class PointWriter:
             allocated_bytes=writer.allocated_bytes,
             digest=writer.digest,
             bitmap=bitmap,
+            recorder=recorder,
             source_format=source_format,
         )
         self._entries.append((entry, writer.layer.path))
@@ -317,22 +327,23 @@ class PointWriter:
         Raises:
             RepositoryError: it failed, and nothing was published.
         """
+        published = False
         try:
             for entry, temporary in self._entries:
                 path = layer_path(self._root, self.vm, entry.name, entry.chain, entry.seq)
                 _make_folders(self._root, os.path.dirname(path))
                 _rename_new(temporary, path)
                 _fsync_folder(os.path.dirname(path))
-            points = os.path.join(os.path.dirname(os.path.dirname(disk_folder(self._root, self.vm, "x"))), "points")
-            _make_folders(self._root, points)
+            _make_folders(self._root, self._points)
             manifest = Manifest(
                 format=VERSION,
                 repository=self._repository_id,
                 vm=self.vm,
-                id=self._free_id(points),
+                id=self.id,
                 time=self.moment.isoformat().replace("+00:00", "Z"),
                 parent=parent,
-                consistency="crash",
+                consistency=self.consistency,
+                domain_xml=self.domain_xml,
                 disks=[entry for entry, _ in self._entries],
                 tags=tags or [],
                 note=note,
@@ -341,15 +352,21 @@ class PointWriter:
             data = seal(manifest)
             temporary = os.path.join(self._root, "tmp", f"{secrets.token_hex(16)}.json")
             write_new(temporary, data)
-            _rename_new(temporary, os.path.join(points, f"{manifest.id}.json"))
-            _fsync_folder(points)
+            _rename_new(temporary, os.path.join(self._points, f"{manifest.id}.json"))
+            published = True
+            _fsync_folder(self._points)
         except OSError as e:
-            raise RepositoryError(f"publishing the point: {e}; nothing was published") from e
+            what = (
+                f"{self.vm}/{self.id} is there, but may not outlive a power cut"
+                if published
+                else "nothing was published"
+            )
+            raise RepositoryError(f"publishing the point: {e}; {what}") from e
         return manifest, data
 
-    def _free_id(self, points: str) -> str:
+    def _free_id(self) -> str:
         ordinal = 1
-        while os.path.exists(os.path.join(points, names.point_id(self.moment, ordinal) + ".json")):
+        while os.path.lexists(os.path.join(self._points, names.point_id(self.moment, ordinal) + ".json")):
             ordinal += 1
         return names.point_id(self.moment, ordinal)
 

@@ -113,7 +113,8 @@ class Machine(Protocol):
         disks: what can be backed up, in the machine's order.
     """
 
-    disks: Sequence[MachineDisk]
+    @property
+    def disks(self) -> Sequence[MachineDisk]: ...
 
     def plan(self, recorders: Recorders, tracks: Mapping[str, Track]) -> Mapping[str, str]:
         """Say for each disk in `tracks` why all of it has to be read; "" where the old recorder can be used.

@@ -7,7 +7,6 @@ says it can. A connection that is cut, or silent for `timeout_s`, ends the wire:
 
 import errno
 import select
-import signal
 import threading
 import time
 from collections import deque
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 
 import nbd
 
+from backupfs import interrupts
 from backupfs.errors import ConnectError, ProtocolError, SourceError
 from backupfs.units import MiB
 
@@ -67,27 +67,13 @@ class _Connection:
 
     def notify(self, events: int) -> None:
         """Let libnbd do what the socket is ready for. Raises nbd.Error when the connection is lost."""
-        if self.apart and threading.current_thread() is threading.main_thread():
-            self._notify_apart(events)
+        if self.apart:
+            with interrupts.deferred():  # what is raised in a callback libnbd prints and forgets
+                self._notify(events)
         else:
             self._notify(events)
         if self.handle.aio_is_dead() or self.handle.aio_is_closed():
             raise nbd.Error("the server closed the connection", errno.ENOTCONN)
-
-    def _notify_apart(self, events: int) -> None:
-        """Notify, and let a Ctrl-C wait until it is over: what is raised in a callback libnbd prints and forgets."""
-        before = signal.getsignal(signal.SIGINT)
-        if not callable(before):  # ignored, or it ends the process: no exception either way
-            self._notify(events)
-            return
-        came: list[int] = []
-        signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-        try:
-            self._notify(events)
-        finally:
-            signal.signal(signal.SIGINT, before)
-            if came:
-                signal.raise_signal(signal.SIGINT)
 
     def _notify(self, events: int) -> None:
         direction = self.handle.aio_get_direction()

@@ -1,12 +1,12 @@
 """What a bitmap can get wrong, and what a source can: never a silent gap, never a half point."""
 
+import fcntl
 import os
 import random
 import signal
 import subprocess
 import threading
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,8 @@ from repositories import read_point
 
 from backupfs.errors import ConnectError
 from backupfs.repository.repository import Repository
-from backupfs.services.backup import BackupRequest, DiskRequest, backup
+from backupfs.services.backup import BackupRequest, backup
+from backupfs.sources.given import GivenDisk, GivenDisks
 from backupfs.units import KiB, MiB
 
 SIZE = 64 * MiB
@@ -226,7 +227,7 @@ def test_a_source_that_stops_answering(repo: Path) -> None:
     with servers.nbdkit("pattern", "size=1G") as server, Repository.open(str(repo)) as repository:
         timer = threading.Timer(0.3, server.process.send_signal, [signal.SIGSTOP])
         timer.start()
-        request = BackupRequest("web01", [DiskRequest("vda", server.uri, None)], datetime.now(UTC), timeout_s=1.0)
+        request = BackupRequest("web01", lambda: GivenDisks([GivenDisk("vda", server.uri, None)], timeout_s=1.0))
         started = time.monotonic()
         with pytest.raises(ConnectError, match="no answer"):
             backup(repository, request, lambda *_: None)
@@ -235,18 +236,34 @@ def test_a_source_that_stops_answering(repo: Path) -> None:
         assert repository.vms() == []
 
 
-def test_a_second_backup_is_refused(repo: Path) -> None:
-    with servers.nbdkit(
-        "pattern",
-        "size=64M",
-        options=["--filter=delay"],
-    ) as server:
+def test_a_second_backup_waits_or_is_refused(repo: Path) -> None:
+    command = [*BACKUPFS, "-r", str(repo), "backup", "web01"]
+    with servers.nbdkit("pattern", "size=64M") as server:
         server.process.send_signal(signal.SIGSTOP)
-        first = subprocess.Popen(
-            [*BACKUPFS, "-r", str(repo), "backup", "web01", f"vda={server.uri}"], stdout=subprocess.DEVNULL
-        )
+        first = subprocess.Popen([*command, f"vda={server.uri}"], stdout=subprocess.DEVNULL)
         while "process" not in (repo / "lock").read_text():
             time.sleep(0.01)
-        assert f"process {first.pid}" in backupfs(repo, "backup", "web01", "vda=x", code=11)
+        holder = f"process {first.pid} is writing to this repository"
+        assert holder in backupfs(repo, "backup", "web01", "vda=x", "--no-wait", code=11)
+        second = subprocess.Popen(
+            [*command, f"vda={server.uri}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        assert second.stderr is not None
+        assert f"{holder}; waiting" in second.stderr.readline()
         server.process.send_signal(signal.SIGCONT)
-        assert first.wait(30) == 0
+        assert (first.wait(30), second.wait(30)) == (0, 0)
+        second.stderr.close()
+    assert [p["disks"][0]["seq"] for p in backupfs_json(repo, "points")] == [0, 1]
+
+
+def test_a_backup_that_waits_can_be_interrupted(repo: Path) -> None:
+    with open(repo / "lock", "rb+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = subprocess.Popen(
+            [*BACKUPFS, "-r", str(repo), "backup", "web01", "vda=x"], stderr=subprocess.PIPE, text=True
+        )
+        assert second.stderr is not None
+        assert "waiting" in second.stderr.readline()
+        second.send_signal(signal.SIGINT)
+        assert second.wait(30) == 130
+        second.stderr.close()

@@ -8,7 +8,7 @@ import pytest
 import backupfs
 
 ROOT = Path(backupfs.__file__).parent
-LOW = {"image", "extents", "errors", "units"}
+LOW = {"interrupts", "image", "extents", "errors", "units"}
 MAY = {
     "repository": LOW,
     "sources": LOW,
