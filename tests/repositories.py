@@ -28,7 +28,7 @@ def add_point(
         step: bytes of a write; a multiple of the chunk size.
     """
     with repository.writer() as writer:
-        end = None if full else writer.chain_end(vm, disk, chain)
+        end = None if full else writer.chain_ends(vm, [disk], chain)[disk]
         moment = MOMENT + timedelta(hours=len(repository.points(vm)))
         point = writer.begin(vm, moment)
         try:

@@ -4,37 +4,43 @@ The last member, `blake3`, covers all bytes before it, so that a flipped bit any
 file still is plain JSON.
 """
 
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import blake3
 import msgspec
 
 from backupfs.errors import Corrupt, UnsupportedFormat
-from backupfs.repository.format import VERSION
+from backupfs.repository.format import MAX_DISK, VERSION
 
 _SEAL = b',"blake3":"'
 _SEAL_LENGTH = len(_SEAL) + 64 + len(b'"}\n')
+
+
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=MAX_DISK)]
+Seq = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+Hex128 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+Hex256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class DiskEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One disk at one point. Sizes in bytes."""
 
     name: str
-    size: int
+    size: Bytes
     kind: Literal["full", "delta"]
     chain: str
-    seq: int
+    seq: Seq
     parent: str | None  # the point that this delta continues
     layer: str  # file name
-    layer_id: str
-    layer_bytes: int
-    layer_blake3: str
+    layer_id: Hex128
+    layer_bytes: Bytes
+    layer_blake3: Hex256
     read: Literal["all", "dirty"]
     reason: str
-    data_bytes: int
-    stored_bytes: int
-    allocated_bytes: int  # of the whole disk as it shows at this point
-    digest: str
+    data_bytes: Bytes
+    stored_bytes: Bytes
+    allocated_bytes: Bytes  # of the whole disk as it shows at this point
+    digest: Hex128
     bitmap: str | None = None
     recorder: str | None = None  # what has recorded since: QEMU's bitmap, libvirt's checkpoint
     source_format: str | None = None
@@ -44,7 +50,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """One point of one VM."""
 
     format: int
-    repository: str
+    repository: Hex128
     vm: str
     id: str
     time: str
@@ -66,7 +72,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """backupfs.json: what all of a repository shares."""
 
     format: int
-    id: str
+    id: Hex128
     chunk_size: int
     codec: str
     created: str

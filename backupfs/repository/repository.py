@@ -12,7 +12,7 @@ import secrets
 import shutil
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 
 from backupfs.errors import Corrupt, Locked, NotFound, RepositoryError, UsageError
@@ -21,7 +21,7 @@ from backupfs.repository.format import DEFAULT_CHUNK, MAX_CHUNK, MIN_CHUNK, VERS
 from backupfs.repository.index import Index, StaleIndex
 from backupfs.repository.manifest import DiskEntry, Manifest, Settings, decode_manifest, decode_settings, seal, seal_of
 from backupfs.repository.point import Chain, LayerStore, PointImage
-from backupfs.repository.writer import ChainEnd, PointWriter, write_new
+from backupfs.repository.writer import ChainEnd, PointWriter, fsync_folder, write_new
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,8 @@ class Repository:
                 created=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
             )
             write_new(os.path.join(path, SETTINGS), seal(settings))
+            fsync_folder(path)
+            fsync_folder(os.path.dirname(os.path.abspath(path)))
         except OSError as e:
             raise RepositoryError(f"{e.filename or path}: {e.strerror}") from e
 
@@ -195,6 +197,28 @@ class Repository:
 
     def _open_index(self) -> Index:
         folder = catalog.index_folder(self.path, self.settings.id)
+        with self._index_lock(folder):
+            return self._open_or_build(folder)
+
+    @contextlib.contextmanager
+    def _index_lock(self, folder: str) -> Iterator[None]:
+        """One process at a time opens the index or puts another in its place: it is two files, and they must match.
+
+        Who waits for a rebuild finds it done.
+        """
+        path = f"{folder}.lock"
+        try:
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as e:
+            raise RepositoryError(f"{path}: {e.strerror}") from e
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def _open_or_build(self, folder: str) -> Index:
         try:
             index = Index(folder, self.settings.id)
             try:
@@ -210,8 +234,10 @@ class Repository:
         return index
 
     def _build_index(self, folder: str) -> Index:
-        """Build the index from nothing, beside the old one, and put it in its place."""
-        fresh = f"{folder}.{secrets.token_hex(4)}"
+        """Build the index from nothing, beside the old one, and put it in its place. Under the index's lock."""
+        fresh = f"{folder}.new"
+        for rest in (fresh, f"{fresh}.old"):  # of one that was killed
+            shutil.rmtree(rest, ignore_errors=True)
         try:
             index = Index(fresh, self.settings.id, durable=False)
             try:
@@ -242,7 +268,9 @@ class Repository:
     def _reindex(self) -> int:
         with self._lock:
             self.close()
-            self._index = self._build_index(catalog.index_folder(self.path, self.settings.id))
+            folder = catalog.index_folder(self.path, self.settings.id)
+            with self._index_lock(folder):
+                self._index = self._build_index(folder)
             self._store = LayerStore(self._index, bytes.fromhex(self.settings.id), self.settings.chunk_size)
             return len(self._index.points())
 
@@ -322,26 +350,29 @@ class Writer:
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
 
-    def chain_end(self, vm: str, disk: str, chain: str) -> ChainEnd | None:
-        """Return the last point of the newest generation of the chain that the user calls `chain`, or None.
+    def chain_ends(self, vm: str, disks: Iterable[str], chain: str) -> dict[str, ChainEnd | None]:
+        """Return, by disk, the last point of the newest generation of the chain that the user calls `chain`, or None.
 
         Raises:
-            Corrupt: a manifest or the chain's base is damaged.
+            Corrupt: a manifest or a chain's base is damaged.
         """
+        disks = list(disks)
+        try:
+            return {disk: self._chain_end(vm, disk, chain) for disk in disks}
+        except Corrupt as e:
+            # What is compared with a wrong map would make a wrong point, for ever.
+            log.warning("%s: building the index again", e)
+            self._repository._reindex()
+            return {disk: self._chain_end(vm, disk, chain) for disk in disks}
+
+    def _chain_end(self, vm: str, disk: str, chain: str) -> ChainEnd | None:
         repository = self._repository
         found = repository.chain_end(vm, disk, chain)
         if found is None:
             return None
         point, entry = found
         image = repository._image(vm, point, entry)
-        try:
-            image.check_map()
-        except Corrupt as e:
-            # What is compared with a wrong map would make a wrong point, for ever.
-            log.warning("%s: building the index again", e)
-            repository._reindex()
-            image = repository._image(vm, point, entry)
-            image.check_map()
+        image.check_map()
         index = repository.store.index
         return ChainEnd(point, entry, image, index.last_seq(index.chain_no(vm, disk, entry.chain) or 0))
 

@@ -23,6 +23,7 @@ from backupfs.repository import codec, names
 from backupfs.repository.chunkmap import POSITION, ChunkMap
 from backupfs.repository.format import (
     ALIGNMENT,
+    MAX_DISK,
     NO_LAYER,
     REGION_CHUNKS,
     ROW,
@@ -241,8 +242,11 @@ class PointWriter:
         """Begin a disk's layer: a delta on `parent`, or the base of a new chain.
 
         Raises:
-            RepositoryError: the temporary file can't be made.
+            RepositoryError: the disk is too large for a layer, or the temporary file can't be made.
         """
+        largest = min(MAX_DISK, self._chunk_size * REGION_CHUNKS << 32)  # the index counts regions in 32 bits
+        if size > largest:
+            raise RepositoryError(f"disk {disk}: {size} bytes are more than the {largest} that a layer can describe")
         header = LayerHeader(
             repository_id=bytes.fromhex(self._repository_id),
             layer_id=LayerId(secrets.token_bytes(16)),
@@ -333,7 +337,7 @@ class PointWriter:
                 path = layer_path(self._root, self.vm, entry.name, entry.chain, entry.seq)
                 _make_folders(self._root, os.path.dirname(path))
                 _rename_new(temporary, path)
-                _fsync_folder(os.path.dirname(path))
+                fsync_folder(os.path.dirname(path))
             _make_folders(self._root, self._points)
             manifest = Manifest(
                 format=VERSION,
@@ -354,7 +358,7 @@ class PointWriter:
             write_new(temporary, data)
             _rename_new(temporary, os.path.join(self._points, f"{manifest.id}.json"))
             published = True
-            _fsync_folder(self._points)
+            fsync_folder(self._points)
         except OSError as e:
             what = (
                 f"{self.vm}/{self.id} is there, but may not outlive a power cut"
@@ -407,10 +411,11 @@ def _make_folders(root: str, folder: str) -> None:
         return
     _make_folders(root, os.path.dirname(folder))
     os.mkdir(folder, 0o700)
-    _fsync_folder(os.path.dirname(folder))
+    fsync_folder(os.path.dirname(folder))
 
 
-def _fsync_folder(folder: str) -> None:
+def fsync_folder(folder: str) -> None:
+    """Put a folder's names on the disk."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -71,7 +71,7 @@ def backup(
         machine = request.open()
         stack.callback(machine.close)
         disks = _names(machine)
-        ends = {d: None if request.full else writer.chain_end(request.vm, d, request.chain) for d in disks}
+        ends = dict.fromkeys(disks) if request.full else writer.chain_ends(request.vm, disks, request.chain)
         _check_since(request, {d: end.point if end else None for d, end in ends.items()})
         tracks = {d: _track(request, end.entry if end else None) for d, end in ends.items()}
         point = writer.begin(request.vm, request.moment or datetime.now(UTC))

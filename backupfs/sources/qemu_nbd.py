@@ -14,18 +14,15 @@ import stat
 import struct
 import subprocess
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import IO, Any
+from typing import Any
 from urllib.parse import quote
 
 from backupfs.errors import ConnectError, SourceError, UsageError
+from backupfs.sources.child import Child
 from backupfs.sources.export import NbdSource
 
-# Run by sh, as `sh -c … sh PARENT command…`: takes the listening socket that is its stdin to descriptor 3, as systemd's
-# socket activation wants it. A parent that died before setpriv asked for the signal is found out by its number.
-_START = 'test "$PPID" = "$1" && shift && exec 3<&0 0</dev/null && LISTEN_FDS=1 LISTEN_PID=$$ exec "$@"'
 _PATH_LIMIT = 107  # bytes in the path of a UNIX socket. Source: unix(7)
 # QEMU's locks on an image: a read lock on a byte says what its holder does, or what it does not bear of others.
 # Source: QEMU block/file-posix.c, RAW_LOCK_PERM_BASE, RAW_LOCK_SHARED_BASE; BLK_PERM_WRITE is bit 1
@@ -68,12 +65,13 @@ def open_image(path: str, bitmap: str | None, timeout_s: float) -> FileSource:
         problem = None if bitmap is None else _bitmap_problem(info, bitmap)
         used = None if problem else bitmap
         with _listening() as (listener, address):
-            child = _Child(_command(full, info["format"], used), listener)
+            child = Child(_command(full, info["format"], used), listener)
             undo.callback(child.stop)
             try:
                 source = FileSource(f"nbd+unix:///?socket={quote(address)}", used, timeout_s, path)
             except SourceError as e:
-                raise ConnectError(f"{path}: qemu-nbd does not serve it: {child.stop() or e}") from e
+                words = child.stop().removeprefix("qemu-nbd: ")
+                raise ConnectError(f"{path}: qemu-nbd does not serve it: {words or e}") from e
         source.undo = undo.pop_all()
     source.format = info["format"]
     source.bitmap_problem = problem or source.bitmap_problem
@@ -186,58 +184,3 @@ def _listening() -> Iterator[tuple[socket.socket, str]]:
             yield listener, address
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-class _Child:
-    """A process that is killed when this one ends.
-
-    The kernel sends that signal when the *thread* ends that made the child: a thread is kept for it. Source: prctl(2),
-    PR_SET_PDEATHSIG.
-
-    Args:
-        command: the program and its arguments.
-        listener: a socket that it accepts connections from. Closed here: when the child dies, whoever waits for it to
-            accept a connection gets an error at once.
-    """
-
-    def __init__(self, command: list[str], listener: socket.socket) -> None:
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115, closed by stop
-        self._started = threading.Event()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._problem: OSError | None = None
-        self._keeper = threading.Thread(target=self._keep, args=(command, listener), name="qemu-nbd", daemon=True)
-        self._keeper.start()
-        try:
-            self._started.wait()
-        except BaseException:
-            self.stop()
-            raise
-        listener.close()
-        if self._problem is not None:
-            self._stderr.close()
-            raise ConnectError(f"can't start {command[0]}: {self._problem}") from self._problem
-
-    def _keep(self, command: list[str], listener: socket.socket) -> None:
-        start = ["setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", _START, "sh", str(os.getpid()), *command]
-        try:
-            self._process = subprocess.Popen(
-                start, stdin=listener.fileno(), stdout=subprocess.DEVNULL, stderr=self._stderr, start_new_session=True
-            )
-        except OSError as e:
-            self._problem = e
-        self._started.set()
-        if self._process is not None:
-            self._process.wait()
-
-    def stop(self) -> str:
-        """Kill it and wait until it is gone; return what it wrote to stderr. Twice does no harm."""
-        if self._stderr.closed:
-            return ""
-        self._started.wait()
-        if self._process is not None:
-            self._process.kill()
-        self._keeper.join()
-        self._stderr.seek(0)
-        words = self._stderr.read(4096).decode(errors="replace").strip()
-        self._stderr.close()
-        return words.removeprefix("qemu-nbd: ")

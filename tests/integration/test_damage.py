@@ -3,6 +3,8 @@
 import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -150,7 +152,31 @@ def test_an_index_that_is_gone_is_built_again(
         shutil.copytree(other / "index", path / "index")
     assert judge_in_child(path, points) == RIGHT
     assert judge(path, points) == RIGHT
-    assert sorted(p.name for p in path.iterdir()) == ["backupfs.json", "index", "lock", "tmp", "vms"]
+    assert sorted(p.name for p in path.iterdir()) == ["backupfs.json", "index", "index.lock", "lock", "tmp", "vms"]
+
+
+def test_many_may_build_the_index_at_once(repo: tuple[Path, dict[str, bytes]]) -> None:
+    """Four open while a fifth goes on replacing the index: two files of different ones must never be paired."""
+    path, points = repo
+    (path / "index.new").mkdir()  # of a process that was killed
+    reindex = (
+        "import sys\nfrom backupfs.repository.repository import Repository\n"
+        "for _ in range(30):\n  with Repository.open(sys.argv[1]) as r: r.reindex()\n"
+    )
+    read = (
+        "import sys\nfrom backupfs.repository.repository import Repository\n"
+        "for _ in range(30):\n"
+        "  with Repository.open(sys.argv[1]) as r:\n"
+        "    for p in r.points('web01'): r.open_image('web01', p, 'vda').check_map()\n"
+    )
+    shutil.rmtree(path / "index")
+    programs = [reindex, *[read] * 4]
+    children = [
+        subprocess.Popen([sys.executable, "-c", p, str(path)], stderr=subprocess.PIPE, text=True) for p in programs
+    ]
+    assert [(child.communicate(timeout=100)[1], child.returncode) for child in children] == [("", 0)] * 5
+    assert judge(path, points) == RIGHT
+    assert not list(path.glob("index.new*"))
 
 
 def test_a_cut_or_missing_layer_hurts_only_the_points_that_see_it(repo: tuple[Path, dict[str, bytes]]) -> None:

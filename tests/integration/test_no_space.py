@@ -47,7 +47,7 @@ def test_no_space_while_writing(small: Path, left: int) -> None:
         first = add_point(repository, old)
 
         with repository.writer() as writer:
-            end = writer.chain_end("web01", "vda", "main")
+            end = writer.chain_ends("web01", ["vda"], "main")["vda"]
             assert end is not None
             point = writer.begin("web01", MOMENT)
             target = point.add_disk("vda", len(new), "main", end)
@@ -76,7 +76,7 @@ def test_no_space_for_the_index_alone(small: Path, caplog: pytest.LogCaptureFixt
         for offset in range(0, len(disk), 4096):
             disk[offset] = 1 + offset // 4096 % 250
         with repository.writer() as writer:
-            end = writer.chain_end("web01", "vda", "main")
+            end = writer.chain_ends("web01", ["vda"], "main")["vda"]
             point = writer.begin("web01", MOMENT)
             target = point.add_disk("vda", len(disk), "main", end)
             write_all(point, target, bytes(disk))
