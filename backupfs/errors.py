@@ -1,6 +1,6 @@
 """The exceptions that backupfs raises on purpose, and the exit code of each.
 
-Adapters turn a library's exception into one of these with `raise … from`. Only `cli.py` prints them and exits; only
+Adapters turn a library's exception into one of these with `raise … from`. Only `cli/` prints them and exits; only
 `fuse/operations.py` turns them into an errno. A message names the thing, the place and what to do next.
 """
 

@@ -1,20 +1,21 @@
 """The process that reads one live export for a mount: `python -m backupfs.sources.live_child`, see live_image.py.
 
-A process of its own because libnbd 1.14 can abort on a connection that is cut. One connection to the export is all it
-ever makes; when that is lost it says why and ends. It has no deadlines: its parent has, and kills it.
+A process of its own because libnbd 1.14 can abort when a connection is cut. It makes one connection to the export;
+when that is lost it says why, and ends. It has no deadlines: its parent has them, and kills it.
 
-Descriptor 3 is a SOCK_SEQPACKET socket to the parent, the control line. The parent begins with one message, ORDER,
-with descriptors: shared memory, then a line (SOCK_SEQPACKET too) for each slot of that memory. This process answers
-GREETING or FAREWELL there, and later a FAREWELL. On a slot's line, one at a time: ASK and ANSWER; the bytes are in the slot.
+Descriptor 3 is the control line, a SOCK_SEQPACKET socket. The parent begins with ORDER, with which come descriptors:
+shared memory, and for each slot of that memory a line (SOCK_SEQPACKET too). Answered with GREETING, or with FAREWELL,
+which may come later as well. On a slot's line go ASK and ANSWER, one at a time; what was asked for is in the slot.
 
-    ORDER     JSON {"uri", "name", "timeout_s", "slot"}; slot: bytes of memory each has
-    GREETING  JSON {"size", "allocated", "holes"}; holes: whether STATUS can be asked
+    ORDER     JSON {"uri", "name", "timeout_s", "slot"}; slot: bytes of memory that each has
+    GREETING  JSON {"size", "allocated", "holes"}; holes: whether STATUS can be asked for
     FAREWELL  JSON {"error", "message"}; error: the name of the exception's class
     ASK       operation, length, offset
-    ANSWER    errno or 0, number. READ: how far into the slot the bytes asked for begin. STATUS: how many pairs of
-              32-bit numbers are in the slot: length, 1 if it reads as zeroes. They may end before the range does
+    ANSWER    errno or 0, number. READ: where in the slot the bytes asked for begin. STATUS: how many PAIRs are in the
+              slot: length, 1 if it reads as zeroes. They may end before the range does
 """
 
+import errno
 import json
 import mmap
 import os
@@ -26,16 +27,175 @@ from collections import deque
 from contextlib import suppress
 
 from backupfs.errors import ProtocolError, SourceError
-from backupfs.extents import coalesce
-from backupfs.sources.nbd import Request, Wire, _events, nbd
+from backupfs.extents import Extent, coalesce
+from backupfs.sources.nbd import Request, Wire, _events
 from backupfs.sources.source import ZERO, align, parse_descriptors, split
 from backupfs.units import GiB, KiB
 
 READ, STATUS = 1, 2
 ASK, ANSWER, PAIR = struct.Struct("=BIQ"), struct.Struct("=II"), struct.Struct("=II")
-LARGEST_UNIT = 64 * KiB  # Source: NBD proto.md, minimum block size
+LARGEST_UNIT = 64 * KiB
 
 _CONTROL = 3
 _ALLOCATION = "base:allocation"
-_PART = 256 * KiB  # of a read, asked for at a time: what is small stays in the processor's caches. As nbdcopy
-_LOOK_S = 0.5  # how long it may take to find out how much of the disk is not holes
+_PART = 256 * KiB  # of a read, asked for at a time: so that what comes in stays in the processor's caches
+_LOOK_S = 0.5  # how long it may take to find out how much of the disk is no hole
+
+
+class _Wire(Wire):
+    """A Wire that can be waited for together with other things."""
+
+    def events(self) -> dict[int, int]:
+        """Return the descriptors that it waits for, and what for. Raises SourceError when a connection is lost."""
+        connections = (*self._ready, *self._joining)
+        if any(c.handle.aio_is_dead() or c.handle.aio_is_closed() for c in connections):
+            self.turn()
+        return {c.handle.aio_get_fd(): _events(c.handle) for c in connections}
+
+    def turn(self) -> None:
+        """Do what there is to do. Raises SourceError when a connection is lost."""
+        with self._lock:
+            self._check()
+            self._step()
+
+
+class _Slot:
+    """A piece of the shared memory, and what is asked for in it."""
+
+    def __init__(self, line: socket.socket, memory: memoryview) -> None:
+        self.line = line
+        self.memory = memory
+        self.begins = 0  # where in the memory the bytes asked for are
+        self.left = 0  # requests that are not answered
+        self.error = 0
+
+
+class _Reader:
+    """Answers what is asked on the slots' lines out of an export."""
+
+    def __init__(self, wire: _Wire, slots: list[_Slot]) -> None:
+        self._wire = wire
+        self._slots = {slot.line.fileno(): slot for slot in slots}
+        self._done: deque[Request] = deque()
+        self._asked: dict[Request, _Slot] = {}
+        part = min(_PART, wire.maximum) // wire.unit * wire.unit
+        if wire.unit > LARGEST_UNIT or not part:
+            raise ProtocolError(f"the server wants requests of {wire.unit} to {wire.maximum} bytes")
+        self._part = part
+
+    def run(self) -> None:
+        """Answer until the parent is gone. Raises SourceError when the export is."""
+        while True:
+            poller = select.poll()
+            for fd in (_CONTROL, *self._slots):
+                poller.register(fd, select.POLLIN)
+            awaited = self._wire.events()
+            for fd, events in awaited.items():
+                poller.register(fd, events)
+            ready = [fd for fd, _ in poller.poll()]
+            if _CONTROL in ready:  # the parent has nothing more to say there: it is gone
+                return
+            for slot in [self._slots[fd] for fd in ready if fd in self._slots]:
+                ask = slot.line.recv(ASK.size)
+                if not ask:
+                    return
+                self._ask(slot, *ASK.unpack(ask))
+            if not awaited.keys().isdisjoint(ready):
+                self._wire.turn()
+            while self._done:
+                self._settle(self._done.popleft())
+
+    def _ask(self, slot: _Slot, operation: int, length: int, offset: int) -> None:
+        first, count = align(offset, length, self._wire.unit, self._wire.size)
+        slot.error = 0
+        if operation == STATUS:
+            slot.left = 1
+            request = Request(first, count, self._done)
+            self._asked[request] = slot
+            self._wire.ask_status(request)
+            return
+        slot.begins = offset - first
+        parts = list(split(first, count, self._part))
+        slot.left = len(parts)
+        for position, size in parts:
+            request = Request(position, size, self._done, data=slot.memory[position - first :][:size])
+            self._asked[request] = slot
+            self._wire.ask_read(request)
+
+    def _settle(self, request: Request) -> None:
+        """Take an answer of the server's; answer the slot when it was the last one."""
+        slot = self._asked.pop(request)
+        slot.left -= 1
+        slot.error = slot.error or request.error or 0
+        if slot.left:
+            return
+        number = slot.begins
+        if request.data is None and not slot.error:
+            try:
+                number = self._fill(slot, _zeroes(request))
+            except ProtocolError:
+                slot.error = errno.EPROTO
+        slot.line.send(ANSWER.pack(slot.error, number))
+
+    @staticmethod
+    def _fill(slot: _Slot, extents: list[Extent]) -> int:
+        extents = extents[: len(slot.memory) // PAIR.size]
+        for number, extent in enumerate(extents):
+            PAIR.pack_into(slot.memory, number * PAIR.size, extent.length, extent.flag)
+        return len(extents)
+
+
+def _zeroes(request: Request) -> list[Extent]:
+    """Return what the server said of a range. Raises ProtocolError if that is nonsense."""
+    entries = request.answers.get(_ALLOCATION, ())
+    return list(coalesce(parse_descriptors(entries, ZERO, request.offset, request.length)))
+
+
+def _allocated(wire: Wire) -> int:
+    """Return how many bytes are not known to be zero; all of them if it takes long to find out."""
+    deadline = time.monotonic() + _LOOK_S
+    done: deque[Request] = deque()
+    position = allocated = 0
+    while position < wire.size:
+        request = Request(*align(position, min(GiB, wire.size - position), wire.unit, wire.size), done)
+        wire.ask_status(request)
+        wire.wait(done)
+        done.clear()
+        try:
+            extents = [] if request.error else _zeroes(request)
+        except ProtocolError:
+            extents = []
+        if not extents or extents[-1].end <= position or time.monotonic() > deadline:
+            return wire.size
+        allocated += sum(e.end - max(e.offset, position) for e in extents if not e.flag and e.end > position)
+        position = extents[-1].end
+    return allocated
+
+
+def main() -> None:
+    """Take the order, and read until the parent or the export is gone."""
+    control = socket.socket(fileno=_CONTROL)
+    message, fds, _, _ = socket.recv_fds(control, 1 << 16, 64)
+    if not message:
+        return  # the parent went at once
+    order = json.loads(message)
+    memory = memoryview(mmap.mmap(fds[0], 0))
+    os.close(fds[0])
+    size = order["slot"]
+    slots = [_Slot(socket.socket(fileno=fd), memory[i * size :][:size]) for i, fd in enumerate(fds[1:])]
+    try:
+        wire = _Wire(order["uri"], [_ALLOCATION], order["name"], order["timeout_s"])
+        reader = _Reader(wire, slots)
+        holes = wire.offers(_ALLOCATION)
+        greeting = {"size": wire.size, "allocated": _allocated(wire) if holes else wire.size, "holes": holes}
+        control.send(json.dumps(greeting).encode())
+        reader.run()
+    except SourceError as e:
+        with suppress(OSError):  # the parent may be gone
+            control.send(json.dumps({"error": type(e).__name__, "message": str(e)}).encode())
+    except BrokenPipeError:
+        pass  # the parent is gone
+
+
+if __name__ == "__main__":
+    main()

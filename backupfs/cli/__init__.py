@@ -1,0 +1,81 @@
+"""The command line: parse, call a service, print. The only place that prints errors and exits."""
+
+import logging
+import os
+import signal
+import sys
+from typing import Any
+
+import click
+
+from backupfs import __version__
+from backupfs.cli import keep, look, mounts, take
+from backupfs.cli.options import repository_option, set_repository
+from backupfs.errors import INTERRUPTED, BackupfsError
+
+_SECTIONS = {
+    "Take backups": [take.init, take.backup],
+    "Look": [look.points, look.show, look.map_],
+    "Mount": [mounts.mount, mounts.umount],
+    "Repair": [keep.reindex],
+}
+
+
+class SectionedGroup(click.Group):
+    """Lists the commands by the work that they do."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the sections of --help."""
+        for title, commands in _SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(str(c.name), c.get_short_help_str(80)) for c in commands])
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Take `backupfs REPO MOUNTPOINT [-o OPTIONS]`, mount(8)'s way to call, for `-r REPO mount MOUNTPOINT`."""
+        if len(args) >= 2 and args[0] not in self.commands and "/" in args[0] and os.path.isdir(args[0]):
+            set_repository(ctx, None, args[0])
+            args = ["mount", *args[1:]]
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=SectionedGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@repository_option
+@click.version_option(__version__, message="backupfs %(version)s")
+def cli() -> None:
+    """Take agentless backups of KVM disks; mount every backup point as a read-only raw disk.
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 10 not found, 11 locked, 12 unsupported format, 20 damaged,
+    30 no connection to a source, 31 a source's error, 32 bitmap unusable, 40 mount failed, 130 interrupted.
+    """
+
+
+for _commands in _SECTIONS.values():
+    for _command in _commands:
+        cli.add_command(_command)
+
+
+def _terminate(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the program and exit with its code."""
+    logging.basicConfig(format="backupfs: %(levelname)s: %(message)s", level=logging.WARNING)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        cli(standalone_mode=False, prog_name="backupfs")
+    except BackupfsError as e:
+        _fail(str(e), e.exit_code)
+    except click.ClickException as e:
+        e.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted; nothing was published", INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"backupfs: {message}", err=True)
+    sys.exit(code)
