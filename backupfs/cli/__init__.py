@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import signal
 import sys
 from typing import Any
@@ -62,6 +63,8 @@ def main() -> None:
     """Run the program and exit with its code."""
     logging.basicConfig(format="backupfs: %(levelname)s: %(message)s", level=logging.WARNING)
     signal.signal(signal.SIGTERM, _terminate)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a repository keeps its layers open
     try:
         cli(standalone_mode=False, prog_name="backupfs")
     except BackupfsError as e:

@@ -90,9 +90,15 @@ def backup(
         moment.check()
         parents = [end.point for end in ends.values() if end]
         parent = max(parents, key=repository.points(request.vm).index, default=None)
-        with interrupts.deferred():  # between the two the point would be there, and what records since it taken back
-            manifest = writer.commit(point, parent=parent)
-            moment.published()
+        manifest = None
+        try:
+            with interrupts.deferred():  # between the two the point would be there, and what records since it taken back
+                manifest = writer.commit(point, parent=parent)
+                moment.published()
+        except KeyboardInterrupt:
+            if manifest is None:
+                raise
+            # Too late to break off: the point is there.
         return manifest
 
 
