@@ -59,7 +59,7 @@ def opener(wanted: Wanted) -> Callable[[], Machine]:
         raise UsageError("--bitmap is for DISK=SOURCE: a running machine's bitmaps are kept by backupfs itself")
     qmp, uri = wanted.qmp, wanted.libvirt
     if qmp is not None:
-        from backupfs.sources.fleecing import open_qmp  # noqa: PLC0415, asyncio is not needed for files
+        from backupfs.sources.qmp import open_qmp  # noqa: PLC0415, asyncio is not needed for files
 
         return lambda: open_qmp(qmp, wanted.only or None, scratch=wanted.scratch, timeout_s=TIMEOUT_S)
     assert uri is not None, "the third way"

@@ -44,6 +44,7 @@ class NbdSource:
     def __init__(
         self, uri: str, bitmap: str | None = None, timeout_s: float = 30.0, *, description: str | None = None
     ) -> None:
+        self.uri = uri
         self.description = description or uri
         self.format = "nbd"
         contexts = {_ALLOCATION: ZERO}
