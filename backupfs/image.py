@@ -4,8 +4,10 @@ A stored point, a live export, a partition inside a point: each is an Image. Who
 where the bytes come from. All methods may be called from any thread, and from several at once.
 """
 
-from collections.abc import Iterator
-from typing import Protocol
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 from backupfs.extents import Extent, clip
 
@@ -35,6 +37,33 @@ class Image(Protocol):
 
     def close(self) -> None:
         """Give everything back. Twice does no harm."""
+
+
+@runtime_checkable
+class Gatherer(Image, Protocol):
+    """An image that can tell where its bytes lie in memory, which saves a copy."""
+
+    def gather(self, offset: int, length: int) -> Sequence[Buffer | bytes]:
+        """Return the bytes of a range as pieces in order, not to be written to. Raises as `readinto`."""
+
+
+def seek(image: Image, offset: int, whence: int) -> int:
+    """Return where the next data or hole begins, as lseek(2) with SEEK_DATA or SEEK_HOLE; the end counts as a hole.
+
+    Raises:
+        OSError: ENXIO: at or behind the end, or no more data; EINVAL: another `whence`.
+        BackupfsError: the extents can't be had.
+    """
+    if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+        raise OSError(errno.EINVAL, "not a seek for data or a hole")
+    if not 0 <= offset < image.size:
+        raise OSError(errno.ENXIO, "not inside the disk")
+    for extent in image.extents(offset, image.size - offset):
+        if extent.flag == (whence == os.SEEK_HOLE):
+            return extent.offset
+    if whence == os.SEEK_DATA:
+        raise OSError(errno.ENXIO, "no more data")
+    return image.size
 
 
 def check_range(image: Image, offset: int, length: int) -> None:

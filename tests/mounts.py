@@ -20,6 +20,18 @@ needs_fuse = pytest.mark.skipif(
 )
 
 
+LANES = ("lane", "pyfuse3")
+"""Who answers reads: every test of mounts runs both ways."""
+
+
+def choose_lane(monkeypatch: pytest.MonkeyPatch, lane: str) -> None:
+    """Have the mounts that are made from now on answered that way."""
+    if lane == "lane":
+        monkeypatch.delenv("BACKUPFS_NO_READ_LANE", raising=False)
+    else:
+        monkeypatch.setenv("BACKUPFS_NO_READ_LANE", "1")
+
+
 class FakeMount:
     """A mounted fake catalogue and the process that answers."""
 

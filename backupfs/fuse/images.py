@@ -16,7 +16,7 @@ import trio
 
 from backupfs.errors import BackupfsError
 from backupfs.fuse.catalogue import DiskFile
-from backupfs.image import Image
+from backupfs.image import Image, seek
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +141,18 @@ class OpenImages:
             await self._in_thread(lambda: self._drop_pages(inode), self._checks)
         finally:
             await self.release(inode)
+
+    def held(self, inode: int) -> _Shared:
+        """Return an image that was acquired, for who reads it without `read`: see there for what to refuse."""
+        return self._shared[inode]
+
+    async def seek(self, inode: int, offset: int, whence: int) -> int:
+        """Return where data or a hole begins; see `image.seek`."""
+        shared = self._shared[inode]
+        image = shared.image
+        assert image is not None, "acquired"
+        async with shared.limiter:
+            return await self._in_thread(lambda: seek(image, offset, whence), self._reads)
 
     async def _in_thread(self, call: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
         try:

@@ -13,7 +13,8 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Callable, Coroutine, Sequence
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar, TypeVarTuple, cast
 
@@ -23,6 +24,7 @@ import trio
 from backupfs.errors import BackupfsError, Corrupt, NotFound
 from backupfs.fuse.catalogue import DiskFile
 from backupfs.fuse.images import OpenImages
+from backupfs.fuse.lane import Lane
 from backupfs.fuse.tree import Attributes, Entry, Stale, Tree
 
 log = logging.getLogger(__name__)
@@ -49,18 +51,21 @@ class Complaints:
     """Logs what went wrong: each error of a file once, and only the first 20. A damaged disk must not fill a log."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._said: dict[str, set[object]] = {}
 
     def say(self, subject: str, doing: str, error: Exception) -> None:
-        """Log that `doing` something to `subject` raised `error`."""
-        said = self._said.setdefault(subject, set())
+        """Log that `doing` something to `subject` raised `error`. From any thread."""
         where = (error.file, error.offset) if isinstance(error, Corrupt) else (type(error), str(error))
-        if where in said or len(said) >= _COMPLAINTS:
-            return
-        said.add(where)
+        with self._lock:
+            said = self._said.setdefault(subject, set())
+            if where in said or len(said) >= _COMPLAINTS:
+                return
+            said.add(where)
+            last = len(said) == _COMPLAINTS
         expected = isinstance(error, BackupfsError)
         log.error("%s: %s failed: %s", subject, doing, error or repr(error), exc_info=None if expected else error)
-        if len(said) == _COMPLAINTS:
+        if last:
             log.error("%s: nothing more is logged about it", subject)
 
 
@@ -94,15 +99,20 @@ class Operations(pyfuse3.Operations):
         tree: what there is.
         background: for the checks of images; lives as long as the mount.
         on_ready: called when the kernel has shaken hands: from then on the mount answers. Must not raise.
+        lane: answers reads instead of pyfuse3, if there is one.
     """
 
     supports_dot_lookup = True
     enable_writeback_cache = False
 
-    def __init__(self, tree: Tree, background: trio.Nursery, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self, tree: Tree, background: trio.Nursery, on_ready: Callable[[], None], lane: Lane | None = None
+    ) -> None:
         super().__init__()
         self.complaints = Complaints()
-        self.images = OpenImages(background, tree.describe, drop_pages)
+        self.images = OpenImages(background, tree.describe, lane.drop_pages if lane else drop_pages)
+        self._background = background
+        self._lane = lane
         self._abandoned = False
         self._tree = tree
         self._on_ready = on_ready
@@ -210,6 +220,8 @@ class Operations(pyfuse3.Operations):
                 raise pyfuse3.FUSEError(errno.EIO) from e
         handle = next(self._handles)
         self._files[handle] = _Opened(inode, None if isinstance(file, DiskFile) else file.content)
+        if self._lane and isinstance(file, DiskFile):
+            self._lane.add(handle, inode, self.images.held(inode))  # before the kernel has the handle
         # keep_cache: an inode number never stands for other content (tree.py).
         return pyfuse3.FileInfo(fh=handle, keep_cache=True)
 
@@ -229,7 +241,58 @@ class Operations(pyfuse3.Operations):
     async def release(self, fh: int) -> None:
         opened = self._files.pop(fh)
         if opened.content is None:
+            if self._lane:
+                await self._lane.remove(fh)
             await self.images.release(opened.inode)
+
+    # What the lane leaves to others (lane.Others).
+
+    def start_read(self, unique: int, handle: int, offset: int, size: int) -> None:
+        self._background.start_soon(self._answer_read, unique, handle, offset, size)
+
+    def start_seek(self, unique: int, handle: int, offset: int, whence: int) -> None:
+        self._background.start_soon(self._answer_seek, unique, handle, offset, whence)
+
+    def complain(self, inode: int, doing: str, error: Exception) -> None:
+        self.complaints.say(self.subject(inode), doing, error)
+
+    async def _answer_read(self, unique: int, handle: int, offset: int, size: int) -> None:
+        assert self._lane, "it asks"
+        with self._refusing(unique):
+            content = await self.read(handle, offset, size)
+            self._lane.answer(unique, [content], len(content))
+
+    async def _answer_seek(self, unique: int, handle: int, offset: int, whence: int) -> None:
+        assert self._lane, "it asks"
+        opened = self._files.get(handle)
+        with self._refusing(unique):
+            try:
+                if opened is None:
+                    raise OSError(errno.EBADF, "no such file is open")
+                if opened.content is None:
+                    found = await self.images.seek(opened.inode, offset, whence)
+                elif offset >= len(opened.content):
+                    raise OSError(errno.ENXIO, "not inside the file")
+                else:
+                    found = len(opened.content) if whence == os.SEEK_HOLE else offset
+            except OSError as e:
+                raise pyfuse3.FUSEError(e.errno or errno.EIO) from e
+            self._lane.answer_seek(unique, found)
+
+    @contextlib.contextmanager
+    def _refusing(self, unique: int) -> Iterator[None]:
+        """Answer with an errno what raises."""
+        assert self._lane, "it asks"
+        try:
+            yield
+        except pyfuse3.FUSEError as e:
+            self._lane.refuse(unique, e.errno)
+        except trio.Cancelled:
+            self._lane.refuse(unique, errno.ENOTCONN)
+            raise
+        except Exception as e:  # noqa: BLE001, it would end the mount
+            self.complaints.say("the mount", "a read", e)
+            self._lane.refuse(unique, errno.EIO)
 
     @answers
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:

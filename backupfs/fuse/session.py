@@ -15,11 +15,13 @@ import trio
 from backupfs.errors import MountError
 from backupfs.fuse import mountpoint
 from backupfs.fuse.catalogue import Catalogue
+from backupfs.fuse.lane import Lane
 from backupfs.fuse.operations import Operations, attach, detach, serve, stop
 from backupfs.fuse.tree import Tree
 
 log = logging.getLogger(__name__)
 
+_NO_LANE = "BACKUPFS_NO_READ_LANE"  # for tests: set, pyfuse3 answers reads
 _GRACE_S = 5.0  # what a signal leaves the requests that are being answered
 
 # What the mount is anyway, and what mount(8) passes on by itself: "rw" for an fstab line that does not say "ro".
@@ -76,6 +78,7 @@ async def _live(catalogue: Catalogue, path: str, source: str, allow_other: bool,
         device = mountpoint.open_device(path, source, allow_other=allow_other)
         mounted = mountpoint.find(path)
         attached = False
+        lane = _new_lane(device)
         try:
             async with trio.open_nursery() as nursery:
 
@@ -86,11 +89,15 @@ async def _live(catalogue: Catalogue, path: str, source: str, allow_other: bool,
                         log.error("%s: who started the mount is gone (%s); unmounting", path, e)
                         os.kill(os.getpid(), signal.SIGTERM)
 
-                operations = Operations(tree, nursery, ready)
-                attach(operations, device)
+                operations = Operations(tree, nursery, ready, lane)
+                attach(operations, lane.session if lane else device)
                 attached = True
                 nursery.start_soon(_end_on_signal, signals, path, mounted, nursery.cancel_scope)
+                if lane:
+                    lane.start(operations, lambda: mountpoint.raise_readahead(mounted), stop)
                 await serve()
+                if lane:
+                    await lane.finish()
                 nursery.cancel_scope.cancel()
         except Exception as e:
             log.exception("%s: the mount has crashed", path)
@@ -98,9 +105,24 @@ async def _live(catalogue: Catalogue, path: str, source: str, allow_other: bool,
         finally:
             if attached:
                 detach()
-            else:
+            elif lane:
+                os.close(lane.session)
+            if lane:
+                lane.close()
+            elif not attached:
                 os.close(device)
-    return not operations.abandoned
+    return not (operations.abandoned or (lane and lane.reading))
+
+
+def _new_lane(device: int) -> Lane | None:
+    """Put a lane in front of the device. Without one pyfuse3 answers reads too, which is slower."""
+    if os.environ.get(_NO_LANE):
+        return None
+    try:
+        return Lane(device)
+    except OSError as e:
+        log.warning("reads are slower than they could be: no socket pair: %s", e)
+        return None
 
 
 async def _end_on_signal(

@@ -92,7 +92,9 @@ def backup(
         parent = max(parents, key=repository.points(request.vm).index, default=None)
         manifest = None
         try:
-            with interrupts.deferred():  # between the two the point would be there, and what records since it taken back
+            with (
+                interrupts.deferred()
+            ):  # between the two the point would be there, and what records since it taken back
                 manifest = writer.commit(point, parent=parent)
                 moment.published()
         except KeyboardInterrupt:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from fake_mount import BAD_AT, ODD, SLOW_S, content
-from mounts import P1, P2, P3, FakeMount, fails_with, needs_fuse, pread, wait_until
+from mounts import LANES, P1, P2, P3, FakeMount, choose_lane, fails_with, needs_fuse, pread, wait_until
 
 from backupfs.fuse import mountpoint
 from backupfs.units import KiB, MiB
@@ -19,8 +19,9 @@ from backupfs.units import KiB, MiB
 pytestmark = [pytest.mark.timeout(60), needs_fuse]
 
 
-@pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[FakeMount]:
+@pytest.fixture(params=LANES)
+def mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[FakeMount]:
+    choose_lane(monkeypatch, request.param)
     fake = FakeMount(tmp_path)
     try:
         yield fake

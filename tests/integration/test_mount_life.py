@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from fake_mount import content
-from mounts import FakeMount, fails_with, needs_fuse, pread
+from mounts import LANES, FakeMount, choose_lane, fails_with, needs_fuse, pread
 
 from backupfs.errors import MountError
 from backupfs.fuse import mountpoint, session
@@ -23,8 +23,9 @@ from backupfs.services import mount as service
 pytestmark = [pytest.mark.timeout(60), needs_fuse]
 
 
-@pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[FakeMount]:
+@pytest.fixture(params=LANES)
+def mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[FakeMount]:
+    choose_lane(monkeypatch, request.param)
     fake = FakeMount(tmp_path)
     try:
         yield fake

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mounts import fails_with, needs_fuse, unmount_all, wait_until
+from mounts import LANES, choose_lane, fails_with, needs_fuse, unmount_all, wait_until
 from repositories import add_point
 
 from backupfs.errors import Corrupt, MountError, NotFound
@@ -50,8 +50,9 @@ class RealMount:
         raise AssertionError("no process")
 
 
-@pytest.fixture
-def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RealMount]:
+@pytest.fixture(params=LANES)
+def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[RealMount]:
+    choose_lane(monkeypatch, request.param)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     Repository.init(str(tmp_path / "a repo"))
     first = random.Random(1).randbytes(1 * MiB + 700)

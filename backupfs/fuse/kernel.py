@@ -1,0 +1,46 @@
+"""The part of the kernel's FUSE protocol that the read lane speaks. All integers in the machine's own byte order.
+
+Source: <linux/fuse.h>, version 7.31 and later.
+"""
+
+import struct
+from typing import Final
+
+DEVICE = "/dev/fuse"
+
+# enum fuse_opcode
+FORGET: Final = 2
+READ: Final = 15
+READDIR: Final = 28
+INTERRUPT: Final = 36
+BATCH_FORGET: Final = 42
+READDIRPLUS: Final = 44
+LSEEK: Final = 46
+
+UNANSWERED = frozenset((FORGET, BATCH_FORGET, INTERRUPT))
+"""What has no reply. A file system may ignore these: without FORGET nothing of ours is kept longer than the mount
+lives, and INTERRUPT asks whether a request could be answered sooner."""
+
+# struct fuse_in_header: len, opcode, unique, nodeid, uid, gid, pid, total_extlen, padding; then the beginning that
+# struct fuse_read_in (of READ and READDIR) and struct fuse_lseek_in have in common: fh, offset, size or whence.
+REQUEST = struct.Struct("=4xIQ24xQQI")
+"""opcode, unique, file handle, offset, size or whence; the last three only where the opcode has them."""
+SIZE_AT = 56
+"""Where `size` stands in a READDIR."""
+SIZE = struct.Struct("=I")
+
+# struct fuse_out_header: len, error (negative), unique.
+ANSWER = struct.Struct("=IiQ")
+ANSWER_SIZE = ANSWER.size
+# The same with struct fuse_lseek_out: offset.
+LSEEK_ANSWER = struct.Struct("=IiQQ")
+
+# struct fuse_out_header with unique 0 and a positive code in `error`, then struct fuse_notify_inval_inode_out: inode,
+# offset, length; length 0: all of it.
+INVALIDATE_INODE = struct.Struct("=IiQQqq")
+NOTIFY_INVAL_INODE: Final = 2
+
+MAX_READ = 1 << 20
+"""The largest READ: FUSE_MAX_MAX_PAGES, 256, if nobody raised fs.fuse.max_pages_limit."""
+REQUEST_BUFFER = MAX_READ + 8192
+"""What the kernel wants offered for a request, as it may be a WRITE; one of ours is never written to."""
