@@ -17,7 +17,7 @@ from backupfs.errors import INTERRUPTED, BackupfsError
 _SECTIONS = {
     "Take backups": [take.init, take.backup],
     "Look": [look.points, look.show, look.map_],
-    "Mount": [mounts.mount, mounts.umount],
+    "Mount": [mounts.mount, mounts.live, mounts.umount],
     "Repair": [keep.reindex],
 }
 

@@ -4,7 +4,7 @@ import re
 
 import click
 
-from backupfs.cli.options import repository_option, repository_path
+from backupfs.cli.options import repository_option, repository_path, scratch_option
 from backupfs.errors import UsageError
 
 
@@ -43,6 +43,27 @@ def _export(text: str) -> tuple[tuple[str, str], str]:
     if match is None:
         raise UsageError(f"--live {text!r} is not VM/DISK=URI, with a URI like nbd+unix:///EXPORT?socket=PATH")
     return (match[1], match[2]), match[3]
+
+
+@click.command(epilog="Example: backupfs live web01 --qmp /run/web01.qmp --mount /mnt/live")
+@click.argument("vm")
+@click.option("--qmp", required=True, metavar="SOCKET", help="The running QEMU's QMP socket.")
+@click.option("--mount", "mountpoint", required=True, metavar="MOUNTPOINT", help="A folder.")
+@click.option("--disk", "disks", multiple=True, metavar="NAME", help="Only this disk (repeatable).")
+@scratch_option
+@click.option("--allow-other", is_flag=True, help="Let other users read it too.")
+def live(vm: str, qmp: str, mountpoint: str, disks: tuple[str, ...], scratch: str, allow_other: bool) -> None:
+    """Show a running VM's disks as they are at this moment, as MOUNTPOINT/VM/live/DISK.raw.
+
+    Stays until the mount is taken away (`backupfs umount`) or Ctrl-C, and then undoes what it set up in QEMU. The
+    guest goes on; what it overwrites is kept in the scratch meanwhile.
+    """
+    from backupfs.services import view as service  # noqa: PLC0415, as in mount
+
+    def tell() -> None:
+        click.echo(f"{mountpoint}/{vm}/live shows {vm} as it is now; Ctrl-C or `backupfs umount` ends it", err=True)
+
+    service.view(vm, qmp, mountpoint, disks=disks, scratch=scratch, allow_other=allow_other, on_ready=tell)
 
 
 @click.command(epilog="Example: backupfs umount /mnt/backups")

@@ -32,6 +32,15 @@ def repository_option(function: F) -> F:
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
+scratch_option = click.option(
+    "--scratch",
+    default="/var/tmp",  # noqa: S108, private folders are made in it
+    show_default=True,
+    metavar="FOLDER",
+    help="Where what the guest overwrites meanwhile is kept; better not where its disks are.",
+)
+
+
 def repository_path() -> str:
     path = click.get_current_context().ensure_object(dict).get("repository") or os.environ.get("BACKUPFS_REPOSITORY")
     if not path:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from backupfs.cli.options import json_option, open_repository, pairs, repository_option, repository_path
+from backupfs.cli.options import json_option, open_repository, pairs, repository_option, repository_path, scratch_option
 from backupfs.cli.output import print_json, print_table, progress_bars
 from backupfs.repository import codec, names
 from backupfs.repository.format import DEFAULT_CHUNK
@@ -49,6 +49,9 @@ def init(chunk_size: str, codec_name: str) -> None:
     help="The dirty bitmap that has recorded since the chain's last point.",
 )
 @click.option("--since", metavar="POINT", help="Refuse unless the chain ends at this point.")
+@click.option(
+    "--push", is_flag=True, help="The files are what a push-mode backup wrote; --since says what they go on from."
+)
 @click.option("--qmp", metavar="SOCKET", help="A running QEMU's QMP socket; bitmaps are made and kept by backupfs.")
 @click.option(
     "--libvirt", metavar="URI", help="The same through libvirt's backup-begin; also for a domain that is off."
@@ -62,13 +65,7 @@ def init(chunk_size: str, codec_name: str) -> None:
     show_default=True,
     help="Freeze the guest's file systems through its agent for the moment (libvirt).",
 )
-@click.option(
-    "--scratch",
-    default="/var/tmp",  # noqa: S108, private folders are made in it
-    show_default=True,
-    metavar="FOLDER",
-    help="Where what the guest overwrites meanwhile is kept; better not where its disks are.",
-)
+@scratch_option
 @click.option(
     "--audit",
     type=click.IntRange(0),
@@ -88,6 +85,7 @@ def backup(
     disks: tuple[str, ...],
     bitmaps: tuple[str, ...],
     since: str | None,
+    push: bool,
     qmp: str | None,
     libvirt: str | None,
     domain: str | None,
@@ -122,6 +120,7 @@ def backup(
                 only=only,
                 freeze=freeze,
                 scratch=scratch,
+                push=push,
             )
         ),
         moment=parse_time(time) if time is not None else None,

@@ -7,14 +7,28 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from backupfs.image import Image
+
+LIVE = "live"
+"""Stands beside a VM's points for its disks as they are at this moment. No point's id."""
+
+
+@runtime_checkable
+class Lender(Image, Protocol):
+    """An image that gives its memory away, which saves a copy, and that knows what is at hand."""
+
+    def lend(self, offset: int, length: int) -> memoryview:
+        """Return the bytes of a range. Their memory is the caller's until he lets go of it. Raises as `readinto`."""
+
+    def lend_at_once(self, offset: int, length: int) -> memoryview | None:
+        """Return the bytes of a range if they are at hand. Never waits, never raises BackupfsError."""
 
 
 @dataclass(frozen=True, slots=True)
 class DiskFile:
-    """A disk at a point.
+    """A disk at a point, or live.
 
     Args:
         name: in the tree, with its suffix.
@@ -25,6 +39,8 @@ class DiskFile:
         open: returns the disk as an Image; may block. Raises BackupfsError.
         check: what is too slow to be done in `open`: called once after it, in a thread, while reads are answered
             already. When it raises BackupfsError the image is condemned: all its reads fail from then on.
+        time_ns: when it was as it is; None: the point's time.
+        live: it may go away or hang at any time, and come back as another version; `open` returns a Lender.
     """
 
     name: str
@@ -34,6 +50,8 @@ class DiskFile:
     xattrs: Mapping[str, bytes]
     open: Callable[[], Image]
     check: Callable[[Image], None] | None = None
+    time_ns: int | None = None
+    live: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +92,13 @@ class Catalogue(Protocol):
         """Return the names of the VMs."""
 
     def points(self, vm: str) -> Mapping[str, int]:
-        """Return the ids of a VM's points, oldest first, each with its time in ns; cheap, without reading points."""
+        """Return the ids of a VM's points, oldest first, each with its time in ns; cheap, without reading points.
+
+        LIVE is among them, anywhere, when the VM has live disks.
+        """
 
     def point(self, vm: str, point: str) -> PointEntry:
-        """Return a point. Raises NotFound."""
+        """Return a point, or what LIVE stands for. Does not wait for a live disk. Raises NotFound."""
 
     def usage(self) -> os.statvfs_result:
         """Return the use of the file system that everything is stored on."""

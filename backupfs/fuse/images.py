@@ -1,7 +1,8 @@
 """The images that are open in a mount, one for each inode however often it is open. On the trio thread only.
 
 Everything that blocks, the opening, reading, checking and closing of an Image, is done in worker threads. A read that
-hangs holds one of its image's own threads, so files of other images go on being answered.
+hangs holds one of its image's own threads, so files of other images go on being answered. A live image, which may hang
+until its deadline, has threads that do not count among the others', for opening too.
 
 An image is closed when its last user has let it go; a check that still runs is a user. Only the end of the mount
 cancels a call. Its thread is then left to itself and `abandoned` set: the repository must not be closed under its feet.
@@ -15,14 +16,15 @@ from typing import TypeVar
 import trio
 
 from backupfs.errors import BackupfsError
-from backupfs.fuse.catalogue import DiskFile
-from backupfs.image import Image, seek
+from backupfs.fuse.catalogue import DiskFile, Lender
+from backupfs.image import Buffer, Image, seek
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 READS_OF_AN_IMAGE = 8
+READS_OF_A_LIVE_IMAGE = 16
 READS_AT_ONCE = 32
 """Of all images together: each holds a buffer of up to 1 MiB, the largest READ of the kernel."""
 _CALLS_AT_ONCE = 8
@@ -36,11 +38,12 @@ class Condemned(BackupfsError):
 class _Shared:
     """An image and those who use it."""
 
+    limiter: trio.CapacityLimiter
     users: int = 0
     image: Image | None = None
+    lender: Lender | None = None  # the same, if it is one
     condemned: Exception | None = None
     opening: trio.Lock = field(default_factory=trio.Lock)
-    limiter: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(READS_OF_AN_IMAGE))
 
 
 class OpenImages:
@@ -74,12 +77,16 @@ class OpenImages:
         """
         if inode in self._condemned:
             raise Condemned(f"the image can't be trusted: {self._condemned[inode]}")
-        shared = self._shared.setdefault(inode, _Shared())
+        shared = self._shared.get(inode)
+        if shared is None:
+            limiter = trio.CapacityLimiter(READS_OF_A_LIVE_IMAGE if file.live else READS_OF_AN_IMAGE)
+            shared = self._shared[inode] = _Shared(limiter)
         shared.users += 1
         try:
             async with shared.opening:
                 if shared.image is None:
-                    shared.image = await self._in_thread(file.open, self._calls)
+                    image = await self._in_thread(file.open, shared.limiter if file.live else self._calls)
+                    shared.image, shared.lender = image, image if isinstance(image, Lender) else None
                     self._start_check(inode, shared, file)
         except BaseException:
             await self.release(inode)
@@ -97,7 +104,7 @@ class OpenImages:
                 except Exception:
                     log.exception("%s: closing failed", self._describe(inode))
 
-    async def read(self, inode: int, offset: int, length: int) -> bytearray:
+    async def read(self, inode: int, offset: int, length: int) -> Buffer:
         """Return the bytes of the range, cut at the disk's end: in full, never fewer.
 
         Raises:
@@ -110,6 +117,13 @@ class OpenImages:
         length = max(0, min(length, image.size - offset))
         if not length:
             return bytearray()
+
+        lender = shared.lender
+        if lender is not None:
+            at_hand = lender.lend_at_once(offset, length)
+            if at_hand is not None:
+                return at_hand
+            return await self._in_thread(lambda: lender.lend(offset, length), shared.limiter)
 
         def read() -> bytearray:
             buffer = bytearray(length)
@@ -151,6 +165,9 @@ class OpenImages:
         shared = self._shared[inode]
         image = shared.image
         assert image is not None, "acquired"
+        _refuse_condemned(shared)
+        if shared.lender is not None:
+            return await self._in_thread(lambda: seek(image, offset, whence), shared.limiter)
         async with shared.limiter:
             return await self._in_thread(lambda: seek(image, offset, whence), self._reads)
 

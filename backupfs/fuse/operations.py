@@ -215,15 +215,19 @@ class Operations(pyfuse3.Operations):
         if isinstance(file, DiskFile):
             try:
                 await self.images.acquire(inode, file)
+            except Stale:
+                raise
             except NotFound as e:  # the name is there, so it is a part of the content that is missing
                 self.complaints.say(self.subject(inode), "open", e)
                 raise pyfuse3.FUSEError(errno.EIO) from e
         handle = next(self._handles)
         self._files[handle] = _Opened(inode, None if isinstance(file, DiskFile) else file.content)
-        if self._lane and isinstance(file, DiskFile):
+        live = isinstance(file, DiskFile) and file.live
+        if self._lane and isinstance(file, DiskFile) and not live:
             self._lane.add(handle, inode, self.images.held(inode))  # before the kernel has the handle
-        # keep_cache: an inode number never stands for other content (tree.py).
-        return pyfuse3.FileInfo(fh=handle, keep_cache=True)
+        # keep_cache: an inode number never stands for other content (tree.py). Of a live disk nothing is kept at all,
+        # and its reads are not those of the background, of which the kernel has only 12 in flight for all files.
+        return pyfuse3.FileInfo(fh=handle, keep_cache=not live, direct_io=live)
 
     @answers
     async def read(self, fh: int, off: int, size: int) -> bytes:

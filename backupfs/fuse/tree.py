@@ -6,12 +6,16 @@
     /VM/POINT/                 PointFolder
     /VM/POINT/DISK.raw         File
     /VM/POINT/point.json       File
+    /VM/live/                  PointFolder, in name only: its files come and go with the exports that they show
+    /VM/live/DISK.raw          File
 
 Every method of Tree may be called from any thread, from several at once, and may block, because the Catalogue does.
 
 An inode number stands for one Node for as long as the mount lives. A File's node holds the version of its content, so
 an edited `point.json`, or a point that was deleted and made again under the same id, gets another number: the kernel's
-page cache of the old number can't show through. Nothing of a point's content is kept here.
+page cache of the old number can't show through. The same holds for a live disk that came back: as it may be another
+moment, it is another file, and who has the old one open gets errors, not a mixture. Nothing of a point's content is
+kept here.
 """
 
 import hashlib
@@ -21,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from backupfs.errors import NotFound
-from backupfs.fuse.catalogue import Catalogue, DiskFile, TextFile
+from backupfs.fuse.catalogue import LIVE, Catalogue, DiskFile, TextFile
 
 ROOT_INODE = 1
 LATEST = b"latest"
@@ -30,6 +34,9 @@ FILE_TIMEOUT_S = 300.0
 """How long the kernel may believe a disk's attributes and name: its content never changes."""
 FRESH_TIMEOUT_S = 1.0
 """The same for what changes while mounted: folders grow, `latest` moves, `point.json` is edited."""
+LIVE_TIMEOUT_S = 0.0
+"""The same for live disks. The kernel looks a name up again once, not twice, when it is told that its number is stale:
+that once is for a disk that comes back while it is opened."""
 
 _INODES = 1 << 52  # a number below 2^53 survives programs that keep it in a double, JSON for one
 
@@ -209,6 +216,8 @@ class Tree:
                 points = self._points(vm)
                 if points:
                     found.append(Entry(LATEST, self._link(LatestLink(vm), points)))
+                if LIVE in self.catalogue.points(vm):
+                    found.append(self._entry(LIVE, PointFolder(vm, LIVE)))
                 found += (Entry(p.encode(), self._point_folder(PointFolder(vm, p), t)) for p, t in points.items())
             case PointFolder(vm, point):
                 found += (self._entry(file.name, file) for file in self._files(vm, point))
@@ -255,14 +264,19 @@ class Tree:
         return [vm for vm in self.catalogue.vms() if component(vm)]
 
     def _points(self, vm: str) -> dict[str, int]:
-        return {point: time_ns for point, time_ns in self.catalogue.points(vm).items() if component(point)}
+        """Return the stored points that can be shown."""
+        points = self.catalogue.points(vm).items()
+        return {point: time_ns for point, time_ns in points if component(point) and point != LIVE}
 
     def _files(self, vm: str, point: str) -> Iterator[File]:
         entry = self.catalogue.point(vm, point)
         for f in entry.files:
             if component(f.name):
-                timeout_s = FILE_TIMEOUT_S if isinstance(f, DiskFile) else FRESH_TIMEOUT_S
-                yield File(vm, point, f.name, f.version, f.size, f.allocated, entry.time_ns, timeout_s)
+                time_ns, timeout_s = entry.time_ns, FRESH_TIMEOUT_S
+                if isinstance(f, DiskFile):
+                    time_ns = time_ns if f.time_ns is None else f.time_ns
+                    timeout_s = LIVE_TIMEOUT_S if f.live else FILE_TIMEOUT_S
+                yield File(vm, point, f.name, f.version, f.size, f.allocated, time_ns, timeout_s)
 
     def _entry(self, name: str, node: Node) -> Entry:
         return Entry(name.encode(), self._attributes(node))
@@ -279,7 +293,8 @@ class Tree:
                 return self._link(node, self._points(vm))
             case VmFolder(vm):
                 times = self._points(vm).values()
-                return self._folder(node, len(times), max(times, default=0))
+                live = LIVE in self.catalogue.points(vm)
+                return self._folder(node, len(times) + live, max(times, default=0))
             case Root():
                 vms = self._vms()
                 newest = max((t for vm in vms for t in self._points(vm).values()), default=0)

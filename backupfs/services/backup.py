@@ -12,8 +12,11 @@ from backupfs.errors import UsageError
 from backupfs.repository import names
 from backupfs.repository.manifest import DiskEntry, Manifest
 from backupfs.repository.repository import Repository
+from backupfs.repository.writer import ChainEnd
 from backupfs.services.ingest import DiskBackup, Progress
+from backupfs.sources import Source
 from backupfs.sources.machine import Machine, Recorders, Track
+from backupfs.sources.pushed import Overlay, PushedSource
 
 AUDIT = 64  # chunks
 
@@ -81,11 +84,13 @@ def backup(
         stack.callback(moment.close)
         point.consistency, point.domain_xml = moment.consistency, moment.domain_xml
         for disk in disks:
-            end, source = ends[disk], moment.sources[disk]
+            end, source, audit = ends[disk], moment.sources[disk], request.audit
             # A machine's bitmap carries its point's id; what the user names is the user's word.
             known_since = tracks[disk].recorder is not None and disk in moment.recorders
+            if isinstance(source, PushedSource) and not source.complete:
+                source, audit, known_since = _laid_over(request, source, end), 0, True
             reason = tracks[disk].reason
-            taken = DiskBackup(disk, source, end, progress, known_since=known_since, audit=request.audit, new=reason)
+            taken = DiskBackup(disk, source, end, progress, known_since=known_since, audit=audit, new=reason)
             taken.take(writer, point, request.chain, moment.recorders.get(disk))
         moment.check()
         parents = [end.point for end in ends.values() if end]
@@ -124,6 +129,25 @@ def plan(repository: Repository, request: BackupRequest) -> list[PlannedDisk]:
             )
             for d in machine.disks
         ]
+
+
+def _laid_over(request: BackupRequest, pushed: PushedSource, end: ChainEnd | None) -> Source:
+    """Return a disk after a pushed increment. Which moment that goes on from, nothing in the file says.
+
+    Raises:
+        UsageError: the caller does not say it either, or there is no such moment.
+    """
+    if end is None:
+        raise UsageError(
+            f"{pushed.description} does not hold all of the disk, so no chain can begin with it. If it is a full "
+            "backup with holes, take it without --push; if it is an incremental one, take those before it first"
+        )
+    if request.since is None:
+        raise UsageError(
+            f"{pushed.description} is incremental: --since POINT has to say which point it goes on from. The chain "
+            f"ends at {end.point}"
+        )
+    return Overlay(pushed, end.image)
 
 
 def _names(machine: Machine) -> list[str]:

@@ -25,6 +25,7 @@ class Wanted:
         only: the disks of a running machine that are wanted; none: all.
         freeze: whether the guest's file systems are frozen for the moment.
         scratch: a folder, for what the guest overwrites meanwhile.
+        push: `disks` are files that a push-mode backup wrote.
     """
 
     disks: Mapping[str, str]
@@ -35,6 +36,7 @@ class Wanted:
     only: Sequence[str]
     freeze: Literal["auto", "never", "require"]
     scratch: str
+    push: bool
 
 
 def opener(wanted: Wanted) -> Callable[[], Machine]:
@@ -55,6 +57,8 @@ def opener(wanted: Wanted) -> Callable[[], Machine]:
         )
     if wanted.disks:
         return _given(wanted)
+    if wanted.push:
+        raise UsageError("--push is for files, as DISK=SOURCE")
     if wanted.bitmaps:
         raise UsageError("--bitmap is for DISK=SOURCE: a running machine's bitmaps are kept by backupfs itself")
     qmp, uri = wanted.qmp, wanted.libvirt
@@ -75,5 +79,9 @@ def _given(wanted: Wanted) -> Callable[[], Machine]:
         raise UsageError("--disk is for --qmp and --libvirt; name only the disks that you want as DISK=SOURCE")
     for disk in wanted.bitmaps.keys() - wanted.disks.keys():
         raise UsageError(f"--bitmap {disk}=…: no such disk in this backup")
-    given = [GivenDisk(names.check_name(d, "disk"), s, wanted.bitmaps.get(d)) for d, s in wanted.disks.items()]
+    if wanted.push and wanted.bitmaps:
+        raise UsageError("--push and --bitmap do not go together: a pushed file says itself what changed")
+    given = [
+        GivenDisk(names.check_name(d, "disk"), s, wanted.bitmaps.get(d), wanted.push) for d, s in wanted.disks.items()
+    ]
     return lambda: GivenDisks(given, TIMEOUT_S)

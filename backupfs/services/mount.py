@@ -7,18 +7,19 @@ kill -9, leaves a dead mount (ENOTCONN), which the next `mount` or `unmount` the
 import ctypes
 import logging
 import os
-import resource
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from backupfs.errors import BackupfsError, MountError, NotFound
 from backupfs.fuse import mountpoint as places
 from backupfs.fuse import session
-from backupfs.fuse.catalogue import DiskFile, PointEntry, TextFile
+from backupfs.fuse.catalogue import LIVE, DiskFile, PointEntry, TextFile
 from backupfs.image import Image
 from backupfs.repository.manifest import DiskEntry
 from backupfs.repository.point import PointImage
 from backupfs.repository.repository import Repository
 from backupfs.services import background
+from backupfs.services.live import Exports, LiveCatalogue, LiveDisks, check_exports
 from backupfs.units import MiB, parse_time
 
 log = logging.getLogger(__name__)
@@ -27,21 +28,25 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # Source: <mall
 
 
 class RepositoryCatalogue:
-    """What a repository has to show. From any thread."""
+    """What a repository has to show, and the live disks beside it. From any thread."""
 
-    def __init__(self, repository: Repository) -> None:
+    def __init__(self, repository: Repository, live: LiveDisks) -> None:
         self._repository = repository
+        self._live = live
 
     def vms(self) -> Sequence[str]:
         """Return the names of the VMs."""
-        return self._repository.vms()
+        return sorted({*self._repository.vms(), *self._live.vms()})
 
     def points(self, vm: str) -> Mapping[str, int]:
-        """Return a VM's points, oldest first, with their times."""
-        return {point: time_of(point) for point in self._repository.points(vm)}
+        """Return a VM's points, oldest first, with their times; and LIVE."""
+        points = {point: time_of(point) for point in self._repository.points(vm)}
+        return points | ({LIVE: self._live.begun_ns} if vm in self._live.vms() else {})
 
     def point(self, vm: str, point: str) -> PointEntry:
-        """Return the files of a point. Raises NotFound, Corrupt."""
+        """Return the files of a point, or of LIVE. Raises NotFound, Corrupt."""
+        if point == LIVE:
+            return self._live.entry(vm)
         manifest = self._repository.manifest(vm, point)
         files: list[DiskFile | TextFile] = [self._disk(vm, point, disk) for disk in manifest.disks]
         files.append(TextFile("point.json", self._repository.manifest_json(vm, point)))
@@ -93,7 +98,15 @@ def time_of(point: str) -> int:
     return int(parse_time(point.partition("-")[0]).timestamp()) * 10**9
 
 
-def mount(repository: str, mountpoint: str, *, foreground: bool, allow_other: bool, options: Sequence[str]) -> None:
+def mount(
+    repository: str,
+    mountpoint: str,
+    *,
+    foreground: bool,
+    allow_other: bool,
+    options: Sequence[str],
+    live: Exports = MappingProxyType({}),
+) -> None:
     """Show a repository at a folder.
 
     Args:
@@ -103,17 +116,37 @@ def mount(repository: str, mountpoint: str, *, foreground: bool, allow_other: bo
             return as soon as it answers.
         allow_other: let other users read it too.
         options: as mount(8) gives them with `-o`; checked, and dropped if they say what is so anyway.
+        live: NBD exports to show beside the points. They need not be there.
 
     Raises:
+        UsageError: `live` has a name or a URI that is none.
         NotFound, UnsupportedFormat, Corrupt: the repository can't be opened.
         MountError: it can't be mounted, or the mount has crashed.
     """
     repository, mountpoint = os.path.abspath(repository), os.path.abspath(mountpoint)
     allow_other = session.check_options(options) or allow_other
+    check_exports(live)
     if foreground:
-        _run(repository, mountpoint, allow_other)
+        _run(repository, mountpoint, allow_other, live)
     else:
-        _start(repository, mountpoint, allow_other)
+        _start(repository, mountpoint, allow_other, live)
+
+
+def show_exports(exports: Exports, mountpoint: str, *, allow_other: bool, on_ready: Callable[[], None]) -> None:
+    """Show live disks alone, without a repository; in this process, until the mount is taken away.
+
+    Raises:
+        UsageError: a name or a URI that is none.
+        MountError: it can't be mounted, or the mount has crashed.
+    """
+    check_exports(exports)
+    disks = LiveDisks(exports)
+    disks.begin()
+    try:
+        catalogue = LiveCatalogue(disks)
+        session.run(catalogue, mountpoint, source="backupfs:live", allow_other=allow_other, on_ready=on_ready)
+    finally:
+        disks.close()
 
 
 def unmount(mountpoint: str) -> None:
@@ -125,8 +158,10 @@ def unmount(mountpoint: str) -> None:
     places.take_away(mountpoint)
 
 
-def _start(repository: str, path: str, allow_other: bool) -> None:
-    arguments = ["-r", repository, "mount", "--foreground", *(["--allow-other"] if allow_other else []), path]
+def _start(repository: str, path: str, allow_other: bool, live: Exports) -> None:
+    arguments = ["-r", repository, "mount", "--foreground", *(["--allow-other"] if allow_other else [])]
+    arguments += [f"--live={vm}/{disk}={uri}" for (vm, disk), uri in live.items()]
+    arguments.append(path)
     try:
         background.start(arguments)
     except background.Died as e:
@@ -137,7 +172,7 @@ def _start(repository: str, path: str, allow_other: bool) -> None:
         raise MountError(f"{path}: {e}") from e
 
 
-def _run(repository: str, path: str, allow_other: bool) -> None:
+def _run(repository: str, path: str, allow_other: bool, live: Exports) -> None:
     parent = background.waiting_parent()
     if parent:
         background.log_to_file(path)
@@ -145,7 +180,7 @@ def _run(repository: str, path: str, allow_other: bool) -> None:
     else:
         logging.basicConfig(format="backupfs: %(levelname)s: %(message)s", level=logging.INFO)
     try:
-        _answer(repository, path, allow_other, parent.ready if parent else lambda: None)
+        _answer(repository, path, allow_other, live, parent.ready if parent else lambda: None)
     except BackupfsError as e:
         if parent:
             log.error("%s", e)
@@ -153,8 +188,7 @@ def _run(repository: str, path: str, allow_other: bool) -> None:
         raise
 
 
-def _answer(repository: str, path: str, allow_other: bool, on_ready: Callable[[], None]) -> None:
-    _raise_file_limit()  # before the repository looks at it
+def _answer(repository: str, path: str, allow_other: bool, live: Exports, on_ready: Callable[[], None]) -> None:
     _bound_the_heap()
     opened = Repository.open(repository)
 
@@ -163,9 +197,14 @@ def _answer(repository: str, path: str, allow_other: bool, on_ready: Callable[[]
         on_ready()
 
     source = f"backupfs:{repository}"
-    catalogue = RepositoryCatalogue(opened)
-    # When this raises, the process is about to end, and a thread may still be in the repository: it stays open.
-    all_returned = session.run(catalogue, path, source=source, allow_other=allow_other, on_ready=ready)
+    disks = LiveDisks(live)
+    disks.begin()
+    catalogue = RepositoryCatalogue(opened, disks)
+    try:
+        # When this raises, the process is about to end, and a thread may still be in the repository: it stays open.
+        all_returned = session.run(catalogue, path, source=source, allow_other=allow_other, on_ready=ready)
+    finally:
+        disks.close()
     log.info("%s: unmounted", path)
     if not all_returned:
         # A thread hangs in a read. Closing LMDB under it would crash; waiting for it might be for ever.
@@ -184,9 +223,3 @@ def _bound_the_heap() -> None:
         libc.mallopt(_M_ARENA_MAX, 2)
         libc.mallopt(_M_MMAP_THRESHOLD, MiB // 4)  # fixed: by itself it grows to 32 MiB
         libc.mallopt(_M_TRIM_THRESHOLD, MiB)
-
-
-def _raise_file_limit() -> None:
-    """Let this process open as many files as it may: a repository keeps its layers open."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

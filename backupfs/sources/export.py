@@ -34,6 +34,7 @@ class NbdSource:
         bitmap: the name of a dirty bitmap of QEMU's that the server should offer.
         timeout_s: how long the server may be silent. (A name server is not covered: libnbd asks it and waits.)
         description: what messages call it, if not by the URI.
+        dirty: the metadata context whose lowest bit says what changed, if `bitmap` is not one of QEMU's.
 
     Raises:
         UsageError: no bitmap can have this name.
@@ -42,14 +43,20 @@ class NbdSource:
     """
 
     def __init__(
-        self, uri: str, bitmap: str | None = None, timeout_s: float = 30.0, *, description: str | None = None
+        self,
+        uri: str,
+        bitmap: str | None = None,
+        timeout_s: float = 30.0,
+        *,
+        description: str | None = None,
+        dirty: str | None = None,
     ) -> None:
         self.uri = uri
         self.description = description or uri
         self.format = "nbd"
         contexts = {_ALLOCATION: ZERO}
         if bitmap is not None:
-            contexts[_bitmap_context(bitmap)] = DIRTY
+            contexts[dirty or _bitmap_context(bitmap)] = DIRTY
         self._wire = Wire(uri, contexts, self.description, timeout_s)
         self.size = self._export_size = self._wire.size
         self._contexts = {context: bit for context, bit in contexts.items() if self._wire.offers(context)}

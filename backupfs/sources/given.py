@@ -7,15 +7,23 @@ from typing import Literal
 
 from backupfs.sources import Source, open_source
 from backupfs.sources.machine import MachineDisk, Recorders, Track
+from backupfs.sources.pushed import open_pushed
 
 
 @dataclass(frozen=True, slots=True)
 class GivenDisk:
-    """A disk to take: its name, where it comes from (path or NBD URI), and the bitmap that says what changed."""
+    """A disk to take.
+
+    Attributes:
+        source: where it comes from, a path or an NBD URI.
+        bitmap: the one that says what changed.
+        pushed: `source` is a file that a push-mode backup wrote.
+    """
 
     name: str
     source: str
     bitmap: str | None
+    pushed: bool = False
 
 
 @dataclass(slots=True)
@@ -52,7 +60,12 @@ class GivenDisks:
         sources: dict[str, Source] = {}
         with ExitStack() as undo:
             for disk in disks:
-                source = sources[disk.name] = open_source(disk.source, disk.bitmap, timeout_s=timeout_s)
+                source: Source
+                if disk.pushed:
+                    source = open_pushed(disk.source, timeout_s)
+                else:
+                    source = open_source(disk.source, disk.bitmap, timeout_s=timeout_s)
+                sources[disk.name] = source
                 undo.callback(source.close)
             self._undo = undo.pop_all()
         self._moment = _Given(sources)

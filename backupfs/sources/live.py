@@ -7,19 +7,37 @@ own, so that nobody but who opens the disk waits for it.
 
 import itertools
 import logging
+import re
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from urllib.parse import parse_qs, urlsplit
 
-from backupfs.errors import ConnectError, SourceError
+from backupfs.errors import ConnectError, SourceError, UsageError
 from backupfs.extents import Extent
 from backupfs.image import Buffer
 from backupfs.sources.live_image import DEADLINE_S, LiveImage
 
 log = logging.getLogger(__name__)
 
-_PAUSE_S = 1.0  # between an attempt that failed and the next one
+_PAUSE_S = 1.0  # between two attempts
+
+
+def check_uri(uri: str) -> None:
+    """Refuse what names no NBD export, or names it by a place that is another one in another folder.
+
+    Raises:
+        UsageError: with what to write.
+    """
+    try:
+        if not re.match(r"nbds?(\+unix|\+vsock)?://", uri):
+            raise UsageError(f"{uri}: a live disk is an NBD export: nbd://HOST/EXPORT, nbd+unix:///EXPORT?socket=PATH")
+        sockets = parse_qs(urlsplit(uri).query).get("socket", [])
+    except ValueError as e:
+        raise UsageError(f"{uri}: not a URI: {e}") from e
+    if any(not path.startswith("/") for path in sockets):
+        raise UsageError(f"{uri}: the socket's path has to begin with a slash: a mount leaves the folder it began in")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +68,14 @@ class Shown:
         """See `LiveImage.readinto`."""
         self._image.readinto(offset, buffer)
 
+    def lend(self, offset: int, length: int) -> memoryview:
+        """See `LiveImage.lend`."""
+        return self._image.lend(offset, length)
+
+    def lend_at_once(self, offset: int, length: int) -> memoryview | None:
+        """See `LiveImage.lend_at_once`."""
+        return self._image.lend_at_once(offset, length)
+
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """See `LiveImage.extents`."""
         return self._image.extents(offset, length)
@@ -75,7 +101,7 @@ class LiveDisk:
         self._state = threading.Lock()  # never held while waiting
         self._connecting = threading.Lock()  # by who makes a connection
         self._image: LiveImage | None = None  # the last that was connected
-        self._attempt: LiveImage | None = None
+        self._attempt: LiveImage | None = None  # being connected, or the last that was
         self._thread: threading.Thread | None = None
         self._last: Look | None = None
         self._not_before = 0.0
@@ -117,6 +143,7 @@ class LiveDisk:
         with self._state:
             self._closed = True
             images = [i for i in (self._image, self._attempt) if i is not None]
+            self._image = None
         for image in images:
             image.close()
         self.settle(self._deadline_s)
@@ -127,7 +154,8 @@ class LiveDisk:
             return False
         if self._image.alive():
             return True
-        log.warning("%s: lost: %s", self._name, self._image.failure)
+        self._problem = self._image.failure
+        log.warning("%s: lost: %s", self._name, self._problem)
         self._image = None
         assert self._last is not None
         self._last = Look(self._new_version(), self._last.size, self._last.allocated, self._last.since_ns)
@@ -154,30 +182,37 @@ class LiveDisk:
     def _connect(self) -> Shown:
         """Make a connection, as the only one who does."""
         try:
-            image = LiveImage(self._uri, self._name, self._deadline_s)
-            with self._state:
-                self._attempt = image
-            if self._closed:
-                image.close()
-            image.connect()
+            image = self._connected()
         except SourceError as e:
             with self._state:
-                if str(e) != str(self._problem):
+                if str(e) != str(self._problem) and not self._closed:
                     log.warning("%s: not there: %s", self._name, e)
-                self._problem = e
-                self._not_before = time.monotonic() + _PAUSE_S
+                self._problem = type(e)(str(e))  # without what it was raised through
             raise
         finally:
-            with self._state:
-                self._attempt = None
+            self._not_before = time.monotonic() + _PAUSE_S
         with self._state:
-            if self._closed:
-                image.close()
-                raise ConnectError(f"{self._name}: closed")
+            self._attempt = None
             self._image, self._problem = image, None
             self._last = Look(self._new_version(), image.size, image.allocated, image.since_ns)
             log.info("%s: there: %d bytes", self._name, image.size)
             return Shown(image, self._last.version)
+
+    def _connected(self) -> LiveImage:
+        image = LiveImage(self._uri, self._name, self._deadline_s)
+        try:
+            with self._state:
+                if self._closed:
+                    raise ConnectError(f"{self._name}: closed")
+                self._attempt = image  # close() ends it from here on
+            image.connect()
+            with self._state:
+                if self._closed:
+                    raise ConnectError(f"{self._name}: closed")
+        except BaseException:
+            image.close()
+            raise
+        return image
 
     def _new_version(self) -> str:
         return str(next(self._numbers))

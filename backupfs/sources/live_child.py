@@ -28,7 +28,7 @@ from contextlib import suppress
 
 from backupfs.errors import ProtocolError, SourceError
 from backupfs.extents import Extent, coalesce
-from backupfs.sources.nbd import Request, Wire, _events
+from backupfs.sources.nbd import Request, Wire
 from backupfs.sources.source import ZERO, align, parse_descriptors, split
 from backupfs.units import GiB, KiB
 
@@ -40,23 +40,6 @@ _CONTROL = 3
 _ALLOCATION = "base:allocation"
 _PART = 256 * KiB  # of a read, asked for at a time: so that what comes in stays in the processor's caches
 _LOOK_S = 0.5  # how long it may take to find out how much of the disk is no hole
-
-
-class _Wire(Wire):
-    """A Wire that can be waited for together with other things."""
-
-    def events(self) -> dict[int, int]:
-        """Return the descriptors that it waits for, and what for. Raises SourceError when a connection is lost."""
-        connections = (*self._ready, *self._joining)
-        if any(c.handle.aio_is_dead() or c.handle.aio_is_closed() for c in connections):
-            self.turn()
-        return {c.handle.aio_get_fd(): _events(c.handle) for c in connections}
-
-    def turn(self) -> None:
-        """Do what there is to do. Raises SourceError when a connection is lost."""
-        with self._lock:
-            self._check()
-            self._step()
 
 
 class _Slot:
@@ -73,7 +56,7 @@ class _Slot:
 class _Reader:
     """Answers what is asked on the slots' lines out of an export."""
 
-    def __init__(self, wire: _Wire, slots: list[_Slot]) -> None:
+    def __init__(self, wire: Wire, slots: list[_Slot]) -> None:
         self._wire = wire
         self._slots = {slot.line.fileno(): slot for slot in slots}
         self._done: deque[Request] = deque()
@@ -85,25 +68,26 @@ class _Reader:
 
     def run(self) -> None:
         """Answer until the parent is gone. Raises SourceError when the export is."""
-        while True:
-            poller = select.poll()
+        with select.epoll() as lines:  # of its own: those of the export change, and there are few
             for fd in (_CONTROL, *self._slots):
-                poller.register(fd, select.POLLIN)
-            awaited = self._wire.events()
-            for fd, events in awaited.items():
-                poller.register(fd, events)
-            ready = [fd for fd, _ in poller.poll()]
-            if _CONTROL in ready:  # the parent has nothing more to say there: it is gone
-                return
-            for slot in [self._slots[fd] for fd in ready if fd in self._slots]:
-                ask = slot.line.recv(ASK.size)
-                if not ask:
-                    return
-                self._ask(slot, *ASK.unpack(ask))
-            if not awaited.keys().isdisjoint(ready):
-                self._wire.turn()
-            while self._done:
-                self._settle(self._done.popleft())
+                lines.register(fd, select.EPOLLIN)
+            while True:
+                poller = select.poll()
+                poller.register(lines.fileno(), select.POLLIN)
+                for fd, events in self._wire.events().items():
+                    poller.register(fd, events)
+                ready = {fd for fd, _ in poller.poll()}
+                if lines.fileno() in ready:
+                    ready.remove(lines.fileno())
+                    for fd, _ in lines.poll(0):
+                        ask = b"" if fd == _CONTROL else self._slots[fd].line.recv(ASK.size)
+                        if not ask:  # the parent is gone; it says nothing more on the control line
+                            return
+                        self._ask(self._slots[fd], *ASK.unpack(ask))
+                if ready:
+                    self._wire.turn()
+                while self._done:
+                    self._settle(self._done.popleft())
 
     def _ask(self, slot: _Slot, operation: int, length: int, offset: int) -> None:
         first, count = align(offset, length, self._wire.unit, self._wire.size)
@@ -184,7 +168,7 @@ def main() -> None:
     size = order["slot"]
     slots = [_Slot(socket.socket(fileno=fd), memory[i * size :][:size]) for i, fd in enumerate(fds[1:])]
     try:
-        wire = _Wire(order["uri"], [_ALLOCATION], order["name"], order["timeout_s"])
+        wire = Wire(order["uri"], [_ALLOCATION], order["name"], order["timeout_s"])
         reader = _Reader(wire, slots)
         holes = wire.offers(_ALLOCATION)
         greeting = {"size": wire.size, "allocated": _allocated(wire) if holes else wire.size, "holes": holes}

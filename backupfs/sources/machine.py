@@ -85,10 +85,14 @@ class Moment(Protocol):
         domain_xml: libvirt's description of the machine.
     """
 
-    sources: Mapping[str, Source]
-    recorders: Mapping[str, str]
-    consistency: Literal["crash", "frozen"]
-    domain_xml: str | None
+    @property
+    def sources(self) -> Mapping[str, Source]: ...
+    @property
+    def recorders(self) -> Mapping[str, str]: ...
+    @property
+    def consistency(self) -> Literal["crash", "frozen"]: ...
+    @property
+    def domain_xml(self) -> str | None: ...
 
     def check(self) -> None:
         """Called before the point is published, after everything was read.
@@ -132,6 +136,7 @@ class Machine(Protocol):
         and its recorder's record goes into the one that is named in `tracks`.
 
         Raises:
+            Locked: another backup of this machine is running.
             SourceError: it can't be made. Nothing is left behind, and nothing that was recorded is lost.
         """
 

@@ -223,6 +223,26 @@ class Wire:
                     self._drop(silent)
                     raise silent
 
+    def events(self) -> dict[int, int]:
+        """Return the descriptors that are waited for, and poll's events: to wait for other things, too.
+
+        Raises:
+            SourceError: a connection is lost.
+        """
+        with self._lock:
+            self._check()
+            connections = (*self._ready, *self._joining)
+            if any(c.handle.aio_is_dead() or c.handle.aio_is_closed() for c in connections):
+                self._step()
+                connections = (*self._ready, *self._joining)
+            return {c.handle.aio_get_fd(): _events(c.handle) for c in connections}
+
+    def turn(self) -> None:
+        """Do what there is to do on a descriptor of `events`. Raises SourceError when a connection is lost."""
+        with self._lock:
+            self._check()
+            self._step()
+
     def _step(self) -> bool:
         """Poll once. Returns whether a connection with something in flight got on."""
         self._welcome()

@@ -58,13 +58,13 @@ def open_image(path: str, bitmap: str | None, timeout_s: float) -> FileSource:
         ConnectError: it can't be opened: the message says why.
     """
     full = path if path.startswith("/") else os.path.join(os.getcwd(), path)
-    size = _file_size(path, full)
+    size = file_size(path, full)
     with ExitStack() as undo:
-        undo.callback(os.close, _keep_writers_out(path, full))
+        undo.callback(os.close, keep_writers_out(path, full))
         info = _image_info(path, full, timeout_s)
         problem = None if bitmap is None else _bitmap_problem(info, bitmap)
         used = None if problem else bitmap
-        with _listening() as (listener, address):
+        with listening() as (listener, address):
             child = Child(_command(full, info["format"], used), listener)
             undo.callback(child.stop)
             try:
@@ -80,7 +80,7 @@ def open_image(path: str, bitmap: str | None, timeout_s: float) -> FileSource:
     return source
 
 
-def _file_size(path: str, full: str) -> int | None:
+def file_size(path: str, full: str) -> int | None:
     """Return a file's length, None for a block device. Raises ConnectError for anything else."""
     try:
         status = os.stat(full)
@@ -106,7 +106,7 @@ def _in_use(path: str) -> str:
     )
 
 
-def _keep_writers_out(path: str, full: str) -> int:
+def keep_writers_out(path: str, full: str) -> int:
     """Refuse an image that is written to. As long as the descriptor that comes back is open, QEMU refuses to write.
 
     qemu-nbd does neither for a raw image: it would read from the disk of a running machine.
@@ -170,7 +170,7 @@ def _command(full: str, image_format: str, bitmap: str | None) -> list[str]:
 
 
 @contextmanager
-def _listening() -> Iterator[tuple[socket.socket, str]]:
+def listening() -> Iterator[tuple[socket.socket, str]]:
     """Yield a listening UNIX socket that only this user can connect to, and its path; remove the path at the end."""
     folder = tempfile.mkdtemp(prefix="backupfs-")
     if len(os.fsencode(folder)) + 5 > _PATH_LIMIT:

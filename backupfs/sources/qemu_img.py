@@ -1,0 +1,68 @@
+"""What qemu-img says about an image, and the persistent bitmaps that it adds and removes."""
+
+import json
+import subprocess
+from dataclasses import dataclass
+from typing import Any
+
+from backupfs.errors import ConnectError
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBitmaps:
+    """A qcow2 image's bitmaps, as its header has them.
+
+    Attributes:
+        possible: whether the image can hold any: a qcow2 of version 3 can.
+        names: of those that are in it. While QEMU has the image open, what it added since is missing.
+        sound: those of them that tell all that changed: they record, they were saved, and no backing file has a part
+            of what they know. (libvirt's snapshots begin a bitmap of the same name in the overlay.) None while QEMU
+            has the image open.
+    """
+
+    possible: bool
+    names: tuple[str, ...]
+    sound: frozenset[str]
+
+
+def stored_bitmaps(path: str, timeout_s: float) -> StoredBitmaps:
+    """Look at a qcow2 image, which may be in use.
+
+    Raises:
+        ConnectError: it can't be looked at.
+    """
+    words = ["info", "--force-share", "--backing-chain", "--output=json", "--image-opts", f"driver=qcow2,{_file(path)}"]
+    chain: list[dict[str, Any]] = json.loads(_run(path, timeout_s, *words))
+    top, *backing = [info.get("format-specific", {}).get("data", {}) for info in chain]
+    flags = {bitmap["name"]: bitmap["flags"] for bitmap in top.get("bitmaps", ())}
+    below = {bitmap["name"] for data in backing for bitmap in data.get("bitmaps", ())}
+    sound = {name for name in flags if "auto" in flags[name] and "in-use" not in flags[name]}
+    return StoredBitmaps(top.get("compat") != "0.10", tuple(flags), frozenset(sound - below))
+
+
+def add_bitmap(path: str, name: str, timeout_s: float) -> None:
+    """Add a bitmap that records from now on to a qcow2 image that nobody uses. Raises ConnectError."""
+    _run(path, timeout_s, "bitmap", "--add", "--image-opts", f"driver=qcow2,{_file(path)}", name)
+
+
+def remove_bitmap(path: str, name: str, timeout_s: float) -> None:
+    """Remove a bitmap from a qcow2 image that nobody uses. Raises ConnectError."""
+    _run(path, timeout_s, "bitmap", "--remove", "--image-opts", f"driver=qcow2,{_file(path)}", name)
+
+
+def _file(path: str) -> str:
+    # A comma is doubled. Source: QEMU's manual, -drive. A path with a colon in it is no protocol here.
+    return "file.filename=" + path.replace(",", ",,")
+
+
+def _run(path: str, timeout_s: float, *words: str) -> str:
+    try:
+        done = subprocess.run(["qemu-img", *words], capture_output=True, timeout=timeout_s, check=False)
+    except FileNotFoundError as e:
+        raise ConnectError("qemu-img is not installed: install the package qemu-utils") from e
+    except subprocess.TimeoutExpired as e:
+        raise ConnectError(f"{path}: qemu-img {words[0]} took longer than {timeout_s:g} s") from e
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().removeprefix("qemu-img: ")
+        raise ConnectError(f"{path}: {said}")
+    return done.stdout.decode(errors="replace")
