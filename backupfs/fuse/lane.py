@@ -248,6 +248,8 @@ class Lane:
             return
         found, code = 0, 0
         try:
+            if file.held.condemned is not None:
+                raise _reason(file)
             found = seek(file.image, offset, whence)
         except OSError as e:
             code = e.errno or errno.EIO

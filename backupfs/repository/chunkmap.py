@@ -25,8 +25,8 @@ from backupfs.repository.layer import Layer
 POSITION = np.dtype(
     [("offset", "<u8"), ("xxh3", "<u8"), ("id0", "<u8"), ("id1", "<u8"), ("seq", "<u4"), ("packed", "<u4")]
 )
-UNPACK = struct.Struct("<QQQQII")
-assert UNPACK.size == POSITION.itemsize
+PLACE = struct.Struct("<QQ16xII")  # of a position: offset, xxh3, seq, packed
+assert PLACE.size == POSITION.itemsize
 
 _DIGEST_RECORDS = 1 << 16
 _DIGEST_REGIONS = 64  # resolved at a time where nobody waits: 16,384 chunks

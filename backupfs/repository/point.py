@@ -1,26 +1,25 @@
 """PointImage: one disk at one point, put together on the fly from the layers of its chain. From any thread.
 
-A read costs, per chunk: one look-up of the chunk's position (chunkmap.py), and, when the decoded chunk is not in the
-cache, one pread, the decoding and the xxh3 check. No step depends on the length of the chain.
+A read costs, per chunk: one look-up of the chunk's position (chunkmap.py), and one pread of what is wanted; or, when
+the chunk is compressed and not in the cache, or read for the first time, of all of it, with decoding and the xxh3 check
+(payloads.py). No step depends on the length of the chain.
 """
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import xxhash
 
 from backupfs.errors import Corrupt
-from backupfs.extents import Extent, clip, coalesce
+from backupfs.extents import Extent, clip
 from backupfs.image import Buffer, check_range
-from backupfs.repository import codec, names
+from backupfs.repository import names
 from backupfs.repository.cache import LruCache
-from backupfs.repository.chunkmap import POSITION, UNPACK, ChunkMap, RegionCache
+from backupfs.repository.chunkmap import PLACE, ChunkMap, RegionCache
 from backupfs.repository.format import (
-    CODEC_SHIFT,
-    LENGTH_MASK,
+    MAX_CHUNK,
     REGION_CHUNKS,
     LayerId,
     format_digest,
@@ -29,13 +28,17 @@ from backupfs.repository.format import (
 from backupfs.repository.index import Index
 from backupfs.repository.layer import Layer
 from backupfs.repository.manifest import DiskEntry
+from backupfs.repository.payloads import Payloads, Run
 from backupfs.units import MiB
 
 log = logging.getLogger(__name__)
 
+ZEROES = memoryview(bytes(MAX_CHUNK))
 _REGION_CACHE = 16 * MiB
 _CHUNK_CACHE = 24 * MiB
 _OPEN_LAYERS = 4096
+_STEP = MiB  # that `readinto` gathers at a time
+_EXTENT_REGIONS = 32  # resolved at a time, where many are walked
 
 
 def disk_folder(root: str, vm: str, disk: str) -> str:
@@ -69,10 +72,10 @@ class LayerStore:
         self.chunks: LruCache[tuple[int, int, int], bytes] = LruCache(_CHUNK_CACHE)
         self._repository_id = repository_id
         # A quarter of the descriptors that the process may have; the mount raises its limit first.
-        self._layers: LruCache[tuple[int, int], Layer] = LruCache(min(_OPEN_LAYERS, os.sysconf("SC_OPEN_MAX") // 4))
+        self._layers: LruCache[tuple[int, int], Payloads] = LruCache(min(_OPEN_LAYERS, os.sysconf("SC_OPEN_MAX") // 4))
 
-    def layer(self, chain: Chain, seq: int) -> Layer:
-        """Return an open layer that is the one in the index.
+    def payloads(self, chain: Chain, seq: int) -> Payloads:
+        """Return what an open layer stores; it is the layer in the index.
 
         Raises:
             NotFound: the file is missing.
@@ -81,10 +84,15 @@ class LayerStore:
         held = self._layers.get((chain.no, seq))
         if held is None:
             path = layer_path(chain.root, chain.vm, chain.disk, chain.name, seq)
-            held = Layer(path)
-            check_address(held, self._repository_id, chain, seq, self.index.layer_id(chain.no, seq))
+            layer = Layer(path)
+            check_address(layer, self._repository_id, chain, seq, self.index.layer_id(chain.no, seq))
+            held = Payloads(layer, self.chunk_size)
             self._layers.put((chain.no, seq), held, 1)
         return held
+
+    def layer(self, chain: Chain, seq: int) -> Layer:
+        """Return an open layer. Raises as `payloads`."""
+        return self.payloads(chain, seq).layer
 
     def close(self) -> None:
         """Drop everything; layers that a thread still reads from close after it."""
@@ -116,37 +124,72 @@ class PointImage:
     def readinto(self, offset: int, buffer: Buffer) -> None:
         check_range(self, offset, len(buffer))
         view = memoryview(buffer)
-        chunk_size = self._chunk_size
-        position, end = 0, len(view)
-        while position < end:
-            chunk_no, within = divmod(offset + position, chunk_size)
-            length = min(chunk_size - within, end - position)
-            chunk = self._chunk(chunk_no)
-            if chunk is None:
-                view[position : position + length] = bytes(length)
-            elif length == chunk_size:
-                view[position : position + length] = chunk
-            else:
-                view[position : position + length] = memoryview(chunk)[within : within + length]
-            position += length
+        position = 0
+        while position < len(view):
+            for piece in self.gather(offset + position, min(_STEP, len(view) - position)):
+                view[position : position + len(piece)] = piece
+                position += len(piece)
 
-    def _chunk(self, chunk_no: int) -> bytes | None:
-        """Return the decoded chunk, None when it is zero."""
+    def gather(self, offset: int, length: int) -> Sequence[Buffer | bytes]:
+        check_range(self, offset, length)
+        chunk_no, within = divmod(offset, self._chunk_size)
+        if within + length > self._chunk_size:
+            return self._gather_chunks(offset, length)
         region, i = divmod(chunk_no, REGION_CHUNKS)
-        offset, xxh3, _, _, seq, packed = UNPACK.unpack_from(self.map.region(region), i * UNPACK.size)
+        at, xxh3, seq, packed = PLACE.unpack_from(self.map.region(region), i * PLACE.size)
         if not packed:
-            return None
-        key = (self._chain.no, seq, offset)
+            return (ZEROES[:length],)
+        payloads = self._store.payloads(self._chain, seq)
+        if packed == payloads.whole and payloads.is_checked(at):
+            return (payloads.layer.pread(at + within, length),)
+        return (memoryview(self._chunk(payloads, seq, at, xxh3, packed))[within : within + length],)
+
+    def _gather_chunks(self, offset: int, length: int) -> list[Buffer | bytes]:
+        """Return the pieces of a range of several chunks. What lies side by side in a layer is read at once."""
+        pieces: list[Buffer | bytes] = []
+        run: Run | None = None
+        position, end = offset, offset + length
+        while position < end:
+            chunk_no, within = divmod(position, self._chunk_size)
+            size = min(self._chunk_size - within, end - position)
+            position += size
+            region, i = divmod(chunk_no, REGION_CHUNKS)
+            at, xxh3, seq, packed = PLACE.unpack_from(self.map.region(region), i * PLACE.size)
+            if packed:
+                payloads = self._store.payloads(self._chain, seq)
+                if packed == payloads.whole and (size == self._chunk_size or payloads.is_checked(at)):
+                    if run is None or not run.extend(payloads, at + within, size):
+                        if run is not None:
+                            pieces.append(run.read())
+                        run = Run(payloads, at + within, size)
+                    run.expect(at, xxh3)
+                    continue
+            if run is not None:
+                pieces.append(run.read())
+                run = None
+            if packed:
+                pieces.append(memoryview(self._chunk(payloads, seq, at, xxh3, packed))[within : within + size])
+            else:
+                pieces.append(ZEROES[:size])
+        if run is not None:
+            pieces.append(run.read())
+        return pieces
+
+    def _chunk(self, payloads: Payloads, seq: int, at: int, xxh3: int, packed: int) -> bytes:
+        """Return a decoded chunk. What was stored as it is leaves to the page cache what is kept of it."""
+        if packed == payloads.whole:
+            return payloads.chunk(at, xxh3, packed)
+        key = (self._chain.no, seq, at)
         held = self._store.chunks.get(key)
         if held is None:
-            layer = self._store.layer(self._chain, seq)
-            held = read_chunk(layer, offset, packed, xxh3, self._chunk_size)
+            held = payloads.chunk(at, xxh3, packed)
             self._store.chunks.put(key, held, len(held))
         return held
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         check_range(self, offset, length)
-        return coalesce(clip((e for e, _ in self.placed_extents(offset, length)), offset, length))
+        # Not coalesced: who looks for data where there is much would wait for the end of it.
+        return clip((e for e, _ in self.placed_extents(offset, length)), offset, length)
 
     def placed_extents(self, offset: int, length: int) -> Iterator[tuple[Extent, int]]:
         """Cover the range, widened to whole regions and clipped to the disk, with (extent, seq of its layer).
@@ -155,19 +198,22 @@ class PointImage:
         """
         span = REGION_CHUNKS * self._chunk_size
         position, last = offset // span * span, min(round_up(offset + length, span), self.size)
-        for region in self.map.occupied(offset // span, -(-(offset + length) // span)):
+        end = -(-last // span)
+        region, count = next(self.map.occupied(offset // span, end), end), 1
+        while region < end:
             if region * span > position:
                 yield Extent(position, region * span - position, True), -1
-            positions = np.frombuffer(self.map.region(region), POSITION)
+            count = min(count, end - region)
+            positions = self.map.positions(region, count)
             seqs = np.where(positions["packed"] == 0, -1, positions["seq"].astype(np.int64))
-            borders = np.flatnonzero(seqs[1:] != seqs[:-1]) + 1
-            firsts = [0, *borders.tolist()]
-            for first, end in zip(firsts, [*firsts[1:], REGION_CHUNKS], strict=True):
+            borders = (np.flatnonzero(seqs[1:] != seqs[:-1]) + 1).tolist()
+            for first, behind in zip([0, *borders], [*borders, len(seqs)], strict=True):
                 start = region * span + first * self._chunk_size
-                stop = min(region * span + end * self._chunk_size, self.size)
+                stop = min(region * span + behind * self._chunk_size, self.size)
                 if start < stop:
                     yield Extent(start, stop - start, bool(seqs[first] < 0)), int(seqs[first])
-            position = (region + 1) * span
+            position = (region + count) * span
+            region, count = next(self.map.occupied(region + count, end), end), min(2 * count, _EXTENT_REGIONS)
         if position < last:
             yield Extent(position, last - position, True), -1
 
@@ -190,32 +236,3 @@ class PointImage:
 
     def close(self) -> None:
         pass
-
-
-def read_chunk(layer: Layer, offset: int, packed: int, xxh3: int, chunk_size: int) -> bytes:
-    """Return one decoded and checked chunk.
-
-    Args:
-        layer: where it is stored.
-        offset: of its payload in the layer.
-        packed: payload length and codec, as in a record.
-        xxh3: of the decoded chunk.
-        chunk_size: bytes of the decoded chunk.
-
-    Raises:
-        Corrupt: the bytes are not those that were written.
-    """
-    length, codec_id = packed & LENGTH_MASK, packed >> CODEC_SHIFT
-    if length > chunk_size or (codec_id == codec.NONE and length != chunk_size):
-        raise Corrupt(layer.path, offset, f"a chunk of {length} stored bytes can't be")
-    chunk = layer.pread(offset, length)
-    if codec_id == codec.ZSTD:
-        try:
-            chunk = codec.decompress(chunk, chunk_size)
-        except ValueError as e:
-            raise Corrupt(layer.path, offset, f"the chunk can't be decompressed: {e}") from e
-    elif codec_id != codec.NONE:
-        raise Corrupt(layer.path, offset, f"unknown codec {codec_id}")
-    if xxhash.xxh3_64_intdigest(chunk) != xxh3:
-        raise Corrupt(layer.path, offset, "the chunk's checksum does not match")
-    return chunk

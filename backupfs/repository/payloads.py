@@ -1,0 +1,104 @@
+"""The chunks that lie in one open layer, checked against their hashes. From any thread.
+
+A chunk that is stored as it is gets its check when it is first read; from then on only the bytes that are wanted are
+read of it. So a layer that somebody changes while it is open is not found out by its hashes. Compressed chunks are
+checked each time.
+"""
+
+import xxhash
+
+from backupfs.errors import Corrupt
+from backupfs.repository import codec
+from backupfs.repository.format import CODEC_SHIFT, LENGTH_MASK
+from backupfs.repository.layer import Layer
+
+
+class Payloads:
+    """What a layer stores.
+
+    Attributes:
+        whole: the `packed` of a chunk that is stored as it is.
+    """
+
+    def __init__(self, layer: Layer, chunk_size: int) -> None:
+        self.layer = layer
+        self.chunk_size = chunk_size
+        self.whole = chunk_size | codec.NONE << CODEC_SHIFT
+        # A bit for each chunk_size bytes of the file: of chunks that do not overlap only one can begin there. When two
+        # threads set bits of one byte at once, one may be lost: that chunk is checked again.
+        self._checked = bytearray(layer.length // chunk_size // 8 + 1)
+
+    def is_checked(self, offset: int) -> bool:
+        """Whether the chunk that is stored as it is at `offset` was found right."""
+        slot = offset // self.chunk_size
+        return bool(self._checked[slot >> 3] & 1 << (slot & 7))
+
+    def check(self, chunk: bytes | memoryview, offset: int, xxh3: int) -> None:
+        """Compare a decoded chunk with its hash. Raises Corrupt."""
+        if xxhash.xxh3_64_intdigest(chunk) != xxh3:
+            raise Corrupt(self.layer.path, offset, "the chunk's checksum does not match")
+
+    def chunk(self, offset: int, xxh3: int, packed: int) -> bytes:
+        """Return one decoded and checked chunk.
+
+        Args:
+            offset: of its payload in the layer.
+            xxh3: of the decoded chunk.
+            packed: payload length and codec, as in a record.
+
+        Raises:
+            Corrupt: the bytes are not those that were written.
+        """
+        length, codec_id = packed & LENGTH_MASK, packed >> CODEC_SHIFT
+        if length > self.chunk_size or (codec_id == codec.NONE and length != self.chunk_size):
+            raise Corrupt(self.layer.path, offset, f"a chunk of {length} stored bytes can't be")
+        chunk = self.layer.pread(offset, length)
+        if codec_id == codec.ZSTD:
+            try:
+                chunk = codec.decompress(chunk, self.chunk_size)
+            except ValueError as e:
+                raise Corrupt(self.layer.path, offset, f"the chunk can't be decompressed: {e}") from e
+        elif codec_id != codec.NONE:
+            raise Corrupt(self.layer.path, offset, f"unknown codec {codec_id}")
+        self.check(chunk, offset, xxh3)
+        if codec_id == codec.NONE:
+            self.mark(offset)
+        return chunk
+
+    def mark(self, offset: int) -> None:
+        """Remember that a chunk was found right."""
+        slot = offset // self.chunk_size
+        self._checked[slot >> 3] |= 1 << (slot & 7)
+
+
+class Run:
+    """Bytes of chunks that are stored as they are, side by side in one layer: read at once."""
+
+    def __init__(self, payloads: Payloads, offset: int, length: int) -> None:
+        self._payloads = payloads
+        self._offset = offset
+        self._length = length
+        self._expected: list[tuple[int, int]] = []
+
+    def extend(self, payloads: Payloads, offset: int, length: int) -> bool:
+        """Take more bytes in, if they come next; return whether they do."""
+        if payloads is not self._payloads or offset != self._offset + self._length:
+            return False
+        self._length += length
+        return True
+
+    def expect(self, offset: int, xxh3: int) -> None:
+        """Have the chunk at `offset`, all of which is in the run, checked unless it was."""
+        if not self._payloads.is_checked(offset):
+            self._expected.append((offset, xxh3))
+
+    def read(self) -> bytes:
+        """Return the bytes. Raises Corrupt."""
+        payloads = self._payloads
+        data = payloads.layer.pread(self._offset, self._length)
+        view = memoryview(data)
+        for offset, xxh3 in self._expected:
+            first = offset - self._offset
+            payloads.check(view[first : first + payloads.chunk_size], offset, xxh3)
+            payloads.mark(offset)
+        return data
