@@ -10,8 +10,11 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from backupfs.extents import Extent, clip
+from backupfs.units import MiB
 
 Buffer = bytearray | memoryview
+
+_SEEK_STEP = 16 * MiB
 
 
 class Image(Protocol):
@@ -44,7 +47,11 @@ class Gatherer(Image, Protocol):
     """An image that can tell where its bytes lie in memory, which saves a copy."""
 
     def gather(self, offset: int, length: int) -> Sequence[Buffer | bytes]:
-        """Return the bytes of a range as pieces in order, not to be written to. Raises as `readinto`."""
+        """Return the bytes of a range, not empty, as pieces in order. Raises as `readinto`.
+
+        They may be the memory of mapped files: not to be written to, and to be given to a system call only. When the
+        disk then can't read them, that fails with EFAULT; whoever else looks at them is killed by SIGBUS.
+        """
 
 
 def seek(image: Image, offset: int, whence: int) -> int:
@@ -58,9 +65,14 @@ def seek(image: Image, offset: int, whence: int) -> int:
         raise OSError(errno.EINVAL, "not a seek for data or a hole")
     if not 0 <= offset < image.size:
         raise OSError(errno.ENXIO, "not inside the disk")
-    for extent in image.extents(offset, image.size - offset):
-        if extent.flag == (whence == os.SEEK_HOLE):
-            return extent.offset
+    # A part of the disk at a time: an image may look at all of a long extent before it tells of it.
+    length = _SEEK_STEP
+    while offset < image.size:
+        length = min(length, image.size - offset)
+        for extent in image.extents(offset, length):
+            if extent.flag == (whence == os.SEEK_HOLE):
+                return extent.offset
+        offset, length = offset + length, 2 * length
     if whence == os.SEEK_DATA:
         raise OSError(errno.ENXIO, "no more data")
     return image.size

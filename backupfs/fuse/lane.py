@@ -70,7 +70,7 @@ class Others(Protocol):
 class _File:
     """A file handle that the lane answers for."""
 
-    __slots__ = ("gather", "held", "image", "inode", "readers", "size")
+    __slots__ = ("data", "gather", "held", "image", "inode", "readers", "size")
 
     def __init__(self, inode: int, held: Held) -> None:
         assert held.image is not None, "open"
@@ -79,8 +79,19 @@ class _File:
         self.image = image = held.image
         self.size = image.size
         self.readers: list[int] = []  # requests that are in the image: append and pop need no lock
+        self.data = 0, 0  # offset and end of data that is known: programs ask for its end from everywhere in it
         self.gather: Callable[[int, int], Sequence[Buffer | bytes]]
         self.gather = image.gather if isinstance(image, Gatherer) else self._read
+
+    def seek(self, offset: int, whence: int) -> int:
+        """Return where data or a hole begins. Raises as `image.seek`."""
+        first, end = self.data
+        if first <= offset < end:
+            return end if whence == os.SEEK_HOLE else offset
+        found = seek(self.image, offset, whence)
+        if whence == os.SEEK_HOLE:
+            self.data = offset, found
+        return found
 
     def _read(self, offset: int, length: int) -> list[Buffer | bytes]:
         buffer = bytearray(length)
@@ -152,9 +163,9 @@ class Lane:
 
     # Answers. Each request gets one of them.
 
-    def answer(self, unique: int, pieces: Sequence[Buffer | bytes], length: int) -> None:
-        """Answer a READ with pieces that are `length` bytes together."""
-        self._write(unique, [ANSWER.pack(ANSWER_SIZE + length, 0, unique), *pieces])
+    def answer(self, unique: int, pieces: Sequence[Buffer | bytes], length: int) -> OSError | None:
+        """Answer a READ with pieces that are `length` bytes together. Returns why that was an EIO."""
+        return self._write(unique, [ANSWER.pack(ANSWER_SIZE + length, 0, unique), *pieces])
 
     def answer_seek(self, unique: int, offset: int) -> None:
         """Answer an LSEEK."""
@@ -164,16 +175,17 @@ class Lane:
         """Answer with an errno."""
         self._write(unique, [ANSWER.pack(ANSWER_SIZE, -code, unique)])
 
-    def _write(self, unique: int, buffers: Sequence[Buffer | bytes]) -> None:
+    def _write(self, unique: int, buffers: Sequence[Buffer | bytes]) -> OSError | None:
         try:
             os.writev(self._device, buffers)
         except OSError as e:
             if e.errno in _GONE:
-                return
-            # The kernel has looked at it: the request ended with EIO. Or it has not, and this ends it.
-            log.error("the kernel refused an answer: %s", e)
+                return None
+            # Mostly the kernel has ended the request with EIO already.
             with contextlib.suppress(OSError):
                 os.write(self._device, ANSWER.pack(ANSWER_SIZE, -errno.EIO, unique))
+            return e
+        return None
 
     # The threads.
 
@@ -238,8 +250,10 @@ class Lane:
             file.readers.pop()
         if code:
             self.refuse(unique, code)
-        else:
-            self.answer(unique, pieces, length)
+            return
+        error = self.answer(unique, pieces, length)
+        if error is not None:  # EFAULT: a mapped file can't be read there
+            self._complain(file, f"read of {size} bytes at {offset}", error)
 
     def _seek(self, unique: int, handle: int, offset: int, whence: int) -> None:
         file = self._enter(unique, handle)
@@ -250,7 +264,7 @@ class Lane:
         try:
             if file.held.condemned is not None:
                 raise _reason(file)
-            found = seek(file.image, offset, whence)
+            found = file.seek(offset, whence)
         except OSError as e:
             code = e.errno or errno.EIO
         except Exception as e:  # noqa: BLE001, as above

@@ -5,6 +5,7 @@ leaves a temporary file that the next writer removes: a layer gets its name only
 """
 
 import ctypes
+import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -100,6 +101,13 @@ class Layer:
         except (OSError, OverflowError) as e:
             raise Corrupt(self.path, offset, f"can't be read: {e}") from e
         return data
+
+    def map(self) -> mmap.mmap:
+        """Return the file mapped into memory. Raises RepositoryError."""
+        try:
+            return mmap.mmap(self._fd, self.length, prot=mmap.PROT_READ)
+        except OSError as e:
+            raise RepositoryError(f"{self.path}: can't be mapped: {e.strerror}") from e
 
     def trailer(self) -> LayerTrailer:
         """Return the checked trailer; the fences are loaded with it."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from backupfs.errors import Corrupt
-from backupfs.extents import Extent, clip
+from backupfs.extents import Extent, clip, coalesce
 from backupfs.image import Buffer, check_range
 from backupfs.repository import names
 from backupfs.repository.cache import LruCache
@@ -28,14 +28,14 @@ from backupfs.repository.format import (
 from backupfs.repository.index import Index
 from backupfs.repository.layer import Layer
 from backupfs.repository.manifest import DiskEntry
-from backupfs.repository.payloads import Payloads, Run
+from backupfs.repository.payloads import Part, Payloads, Run
 from backupfs.units import MiB
 
 log = logging.getLogger(__name__)
 
 ZEROES = memoryview(bytes(MAX_CHUNK))
 _REGION_CACHE = 16 * MiB
-_CHUNK_CACHE = 24 * MiB
+CHUNK_CACHE = 24 * MiB
 _OPEN_LAYERS = 4096
 _STEP = MiB  # that `readinto` gathers at a time
 _EXTENT_REGIONS = 32  # resolved at a time, where many are walked
@@ -65,11 +65,11 @@ class Chain:
 class LayerStore:
     """Opens layers, keeps them open, and keeps what was decoded from them; all images of a repository share it."""
 
-    def __init__(self, index: Index, repository_id: bytes, chunk_size: int) -> None:
+    def __init__(self, index: Index, repository_id: bytes, chunk_size: int, chunk_cache: int = CHUNK_CACHE) -> None:
         self.index = index
         self.chunk_size = chunk_size
         self.regions: RegionCache = LruCache(_REGION_CACHE)
-        self.chunks: LruCache[tuple[int, int, int], bytes] = LruCache(_CHUNK_CACHE)
+        self.chunks: LruCache[tuple[int, int, int], bytes] = LruCache(chunk_cache)
         self._repository_id = repository_id
         # A quarter of the descriptors that the process may have; the mount raises its limit first.
         self._layers: LruCache[tuple[int, int], Payloads] = LruCache(min(_OPEN_LAYERS, os.sysconf("SC_OPEN_MAX") // 4))
@@ -126,25 +126,30 @@ class PointImage:
         view = memoryview(buffer)
         position = 0
         while position < len(view):
-            for piece in self.gather(offset + position, min(_STEP, len(view) - position)):
+            for piece in self._pieces(offset + position, min(_STEP, len(view) - position), Payloads.read):
                 view[position : position + len(piece)] = piece
                 position += len(piece)
 
     def gather(self, offset: int, length: int) -> Sequence[Buffer | bytes]:
-        check_range(self, offset, length)
+        if offset < 0 or length < 0 or offset + length > self.size:
+            check_range(self, offset, length)
+        return self._pieces(offset, length, Payloads.view)
+
+    def _pieces(self, offset: int, length: int, part: Part) -> Sequence[Buffer | bytes]:
         chunk_no, within = divmod(offset, self._chunk_size)
         if within + length > self._chunk_size:
-            return self._gather_chunks(offset, length)
+            return self._pieces_of_chunks(offset, length, part)
+        # The way of most reads: each call less is a percent.
         region, i = divmod(chunk_no, REGION_CHUNKS)
         at, xxh3, seq, packed = PLACE.unpack_from(self.map.region(region), i * PLACE.size)
         if not packed:
             return (ZEROES[:length],)
         payloads = self._store.payloads(self._chain, seq)
         if packed == payloads.whole and payloads.is_checked(at):
-            return (payloads.layer.pread(at + within, length),)
+            return (part(payloads, at + within, length),)
         return (memoryview(self._chunk(payloads, seq, at, xxh3, packed))[within : within + length],)
 
-    def _gather_chunks(self, offset: int, length: int) -> list[Buffer | bytes]:
+    def _pieces_of_chunks(self, offset: int, length: int, part: Part) -> list[Buffer | bytes]:
         """Return the pieces of a range of several chunks. What lies side by side in a layer is read at once."""
         pieces: list[Buffer | bytes] = []
         run: Run | None = None
@@ -160,19 +165,19 @@ class PointImage:
                 if packed == payloads.whole and (size == self._chunk_size or payloads.is_checked(at)):
                     if run is None or not run.extend(payloads, at + within, size):
                         if run is not None:
-                            pieces.append(run.read())
+                            pieces.append(run.take(part))
                         run = Run(payloads, at + within, size)
                     run.expect(at, xxh3)
                     continue
             if run is not None:
-                pieces.append(run.read())
+                pieces.append(run.take(part))
                 run = None
             if packed:
                 pieces.append(memoryview(self._chunk(payloads, seq, at, xxh3, packed))[within : within + size])
             else:
                 pieces.append(ZEROES[:size])
         if run is not None:
-            pieces.append(run.read())
+            pieces.append(run.take(part))
         return pieces
 
     def _chunk(self, payloads: Payloads, seq: int, at: int, xxh3: int, packed: int) -> bytes:
@@ -188,8 +193,7 @@ class PointImage:
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         check_range(self, offset, length)
-        # Not coalesced: who looks for data where there is much would wait for the end of it.
-        return clip((e for e, _ in self.placed_extents(offset, length)), offset, length)
+        return coalesce(clip((e for e, _ in self.placed_extents(offset, length)), offset, length))
 
     def placed_extents(self, offset: int, length: int) -> Iterator[tuple[Extent, int]]:
         """Cover the range, widened to whole regions and clipped to the disk, with (extent, seq of its layer).

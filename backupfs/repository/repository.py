@@ -20,7 +20,7 @@ from backupfs.repository import catalog, codec, names
 from backupfs.repository.format import DEFAULT_CHUNK, MAX_CHUNK, MIN_CHUNK, VERSION
 from backupfs.repository.index import Index, StaleIndex
 from backupfs.repository.manifest import DiskEntry, Manifest, Settings, decode_manifest, decode_settings, seal, seal_of
-from backupfs.repository.point import Chain, LayerStore, PointImage
+from backupfs.repository.point import CHUNK_CACHE, Chain, LayerStore, PointImage
 from backupfs.repository.writer import ChainEnd, PointWriter, fsync_folder, write_new
 
 log = logging.getLogger(__name__)
@@ -32,9 +32,10 @@ _RESERVE = 64 << 20  # bytes that have to be free before a writer begins: the in
 class Repository:
     """An open repository."""
 
-    def __init__(self, path: str, settings: Settings) -> None:
+    def __init__(self, path: str, settings: Settings, chunk_cache: int = CHUNK_CACHE) -> None:
         self.path = path
         self.settings = settings
+        self._chunk_cache = chunk_cache
         codec.by_name(settings.codec)  # an unknown one is refused here, not at the first read
         self._lock = threading.RLock()
         self._index: Index | None = None
@@ -73,8 +74,12 @@ class Repository:
             raise RepositoryError(f"{e.filename or path}: {e.strerror}") from e
 
     @classmethod
-    def open(cls, path: str) -> "Repository":
+    def open(cls, path: str, *, chunk_cache: int = CHUNK_CACHE) -> "Repository":
         """Open a repository for reading, and for writing through `writer`.
+
+        Args:
+            path: its folder.
+            chunk_cache: bytes of decompressed chunks to keep, for those who read in small parts.
 
         Raises:
             NotFound: there is none.
@@ -82,7 +87,7 @@ class Repository:
         """
         path = os.path.abspath(path)
         data = catalog.read_file(os.path.join(path, SETTINGS), f"{path} is not a repository: it has no {SETTINGS}")
-        return cls(path, decode_settings(data, os.path.join(path, SETTINGS)))
+        return cls(path, decode_settings(data, os.path.join(path, SETTINGS)), chunk_cache)
 
     def close(self) -> None:
         """Give everything back. Images of it are not to be read afterwards."""
@@ -192,7 +197,9 @@ class Repository:
         with self._lock:
             if self._store is None:
                 self._index = self._open_index()
-                self._store = LayerStore(self._index, bytes.fromhex(self.settings.id), self.settings.chunk_size)
+                self._store = LayerStore(
+                    self._index, bytes.fromhex(self.settings.id), self.settings.chunk_size, self._chunk_cache
+                )
             return self._store
 
     def _open_index(self) -> Index:
@@ -271,7 +278,9 @@ class Repository:
             folder = catalog.index_folder(self.path, self.settings.id)
             with self._index_lock(folder):
                 self._index = self._build_index(folder)
-            self._store = LayerStore(self._index, bytes.fromhex(self.settings.id), self.settings.chunk_size)
+            self._store = LayerStore(
+                self._index, bytes.fromhex(self.settings.id), self.settings.chunk_size, self._chunk_cache
+            )
             return len(self._index.points())
 
     def _catch_up(self, index: Index, extra: list[tuple[str, str]] | None = None) -> None:
