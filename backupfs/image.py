@@ -47,11 +47,10 @@ class Gatherer(Image, Protocol):
     """An image that can tell where its bytes lie in memory, which saves a copy."""
 
     def gather(self, offset: int, length: int) -> Sequence[Buffer | bytes]:
-        """Return the bytes of a range, not empty, as pieces in order. Raises as `readinto`.
+        """Return the bytes of a range, not empty, as pieces in order, not to be written to. Raises as `readinto`."""
 
-        They may be the memory of mapped files: not to be written to, and to be given to a system call only. When the
-        disk then can't read them, that fails with EFAULT; whoever else looks at them is killed by SIGBUS.
-        """
+    def at_once(self, offset: int, length: int) -> Buffer | bytes | None:
+        """Return the bytes of a range, not empty, if that does not wait for a disk or work for long; otherwise None."""
 
 
 def seek(image: Image, offset: int, whence: int) -> int:

@@ -1,18 +1,17 @@
-"""The read lane: a few threads at the FUSE device that answer READ and LSEEK of stored points themselves.
+"""The read lane: answers READ and LSEEK of stored points at the FUSE device, without pyfuse3 and trio.
 
-    kernel --- /dev/fuse --- lane threads -- READ, LSEEK of a file it was told of --> Image, answered at once
-                                |    |------ READ, LSEEK of any other --> a trio task (`Others`), which answers here
-                                |    `------ everything else --> SOCK_SEQPACKET pair --> libfuse, pyfuse3
-                                `--- relay thread <-- their answers --'
+    kernel --- /dev/fuse --- reader thread -- READ of what is at hand ---> answered at once
+                                |    |------- other READ, LSEEK ---------> workers (workers.py)
+                                |    |------- of files it does not know -> a trio task (`Others`)
+                                |    `------- everything else -----------> SOCK_SEQPACKET pair --> libfuse, pyfuse3
+                                `--- relay thread <-- their answers ------'
 
-libfuse takes its end of the pair for the device (session.py). So a READ never goes through the pair, whose messages
-are bounded, and costs no switch to trio.
+One thread reads the device: two that contend for the interpreter's lock answer less than half as many reads. It never
+waits for a disk. libfuse takes its end of the pair for the device (session.py). A READ never goes through the pair,
+whose messages are bounded.
 
 Every request is answered once: in full up to the end of the file, or with an errno. The kernel fills a short answer up
-with zeroes. A thread of the lane ends when the mount does, and by nothing else.
-
-A read that hangs holds its thread. When none is free and too few go on, another one is started; the last of
-MAX_THREADS never reads itself but hands READs over to trio, so that nothing but that image's readers waits.
+with zeroes. The reader ends when the mount does, and by nothing else.
 
 Which images there are is told by `add` and `remove`, on the trio thread; all else here runs in the lane's threads.
 """
@@ -24,34 +23,22 @@ import logging
 import os
 import socket
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import trio
 
-from backupfs.errors import BackupfsError
 from backupfs.fuse import kernel
 from backupfs.fuse.kernel import ANSWER, ANSWER_SIZE, LSEEK_ANSWER, REQUEST
-from backupfs.image import Buffer, Gatherer, Image, seek
+from backupfs.fuse.workers import File, Held, Job, Workers
+from backupfs.image import Buffer
 
 log = logging.getLogger(__name__)
 
-THREADS = 2
-"""That stay. More of them only wait for the interpreter's lock."""
-MAX_THREADS = 16
-_STALL_S = 0.02  # without a free thread and without an answer: then one more is started
 _LARGEST_LISTING = 128 << 10  # bytes of a READDIR's answer: it has to fit into a message
 _MESSAGES = 4 << 20  # bytes that the pair holds, if that is allowed
 _GONE = (errno.ENOENT, errno.ENODEV)  # nobody waits for the answer any more; unmounted
 _NOT_A_REQUEST = (errno.ENOENT, errno.EINTR, errno.EAGAIN)  # interrupted before it was read
-
-
-class Held(Protocol):
-    """An image that is open, and whether it can be trusted (images.py)."""
-
-    image: Image | None
-    condemned: Exception | None
 
 
 class Others(Protocol):
@@ -65,38 +52,6 @@ class Others(Protocol):
 
     def complain(self, inode: int, doing: str, error: Exception) -> None:
         """Log an error. From any thread."""
-
-
-class _File:
-    """A file handle that the lane answers for."""
-
-    __slots__ = ("data", "gather", "held", "image", "inode", "readers", "size")
-
-    def __init__(self, inode: int, held: Held) -> None:
-        assert held.image is not None, "open"
-        self.inode = inode
-        self.held = held
-        self.image = image = held.image
-        self.size = image.size
-        self.readers: list[int] = []  # requests that are in the image: append and pop need no lock
-        self.data = 0, 0  # offset and end of data that is known: programs ask for its end from everywhere in it
-        self.gather: Callable[[int, int], Sequence[Buffer | bytes]]
-        self.gather = image.gather if isinstance(image, Gatherer) else self._read
-
-    def seek(self, offset: int, whence: int) -> int:
-        """Return where data or a hole begins. Raises as `image.seek`."""
-        first, end = self.data
-        if first <= offset < end:
-            return end if whence == os.SEEK_HOLE else offset
-        found = seek(self.image, offset, whence)
-        if whence == os.SEEK_HOLE:
-            self.data = offset, found
-        return found
-
-    def _read(self, offset: int, length: int) -> list[Buffer | bytes]:
-        buffer = bytearray(length)
-        self.image.readinto(offset, buffer)
-        return [buffer]
 
 
 class Lane:
@@ -117,14 +72,11 @@ class Lane:
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MESSAGES)
         self._largest_answer = theirs.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         self.session = theirs.detach()
-        self._files: dict[int, _File] = {}
-        self._free = [False] * MAX_THREADS  # which threads wait for a request; each sets its own
-        self._turns = [0] * MAX_THREADS  # requests that each has taken
-        self._threads: dict[int, threading.Thread] = {}
-        self._relayers: list[threading.Thread] = []  # one, when started
-        self._crowded = threading.Event()  # no thread was free
+        self._files: dict[int, File] = {}
+        self._workers = Workers(self._read, self._seek)
+        self._in_image: File | None = None  # that the reader thread looks at
+        self._threads: list[threading.Thread] = []
         self._ending = False
-        self._on_answering: Callable[[], None] = lambda: None
 
     def start(self, others: Others, on_answering: Callable[[], None], on_end: Callable[[], None]) -> None:
         """Begin to answer. On the trio thread.
@@ -137,21 +89,20 @@ class Lane:
         self._others = others
         self._token = trio.lowlevel.current_trio_token()
         self._on_answering, self._on_end = on_answering, on_end
-        for slot in range(THREADS):
-            self._start_thread(slot)
-        self._relayers = [threading.Thread(target=self._relay, name="lane-relay", daemon=True)]
-        self._relayers[0].start()
-        threading.Thread(target=self._watch, name="lane-watch", daemon=True).start()
+        for target in (self._serve, self._relay):
+            thread = threading.Thread(target=target, name=f"lane-{target.__name__[1:]}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def add(self, handle: int, inode: int, held: Held) -> None:
         """Answer for a file handle from now on."""
-        self._files[handle] = _File(inode, held)
+        self._files[handle] = File(inode, held)
 
     async def remove(self, handle: int) -> None:
         """Forget a handle; no thread is in its image any more when this returns."""
         file = self._files.pop(handle, None)
         # The kernel releases a handle after its last READ is answered, so this hardly ever waits.
-        while file is not None and file.readers:
+        while file is not None and (file is self._in_image or file.jobs):
             await trio.sleep(0.005)
 
     def drop_pages(self, inode: int) -> None:
@@ -187,111 +138,64 @@ class Lane:
             return e
         return None
 
-    # The threads.
+    # The reader thread.
 
-    def _start_thread(self, slot: int) -> None:
-        name = f"lane-{slot}"
-        self._threads[slot] = thread = threading.Thread(target=self._serve, args=(slot,), name=name, daemon=True)
-        thread.start()
-
-    def _serve(self, slot: int) -> None:
-        """Answer requests until the mount ends; a thread that was started in need, until there is none."""
+    def _serve(self) -> None:
+        """Read requests until the mount ends."""
         request = bytearray(kernel.REQUEST_BUFFER)
         buffers, view = [request], memoryview(request)
-        readv, unpack, free, turns = os.readv, REQUEST.unpack_from, self._free, self._turns
-        while not (self._ending or (slot >= THREADS and free.count(True) >= THREADS)):
-            free[slot] = True
+        readv, unpack, device = os.readv, REQUEST.unpack_from, self._device
+        while not self._ending:
             try:
-                length = readv(self._device, buffers)
+                length = readv(device, buffers)
             except OSError as e:
                 if e.errno in _NOT_A_REQUEST:
                     continue
                 if e.errno != errno.ENODEV:
                     log.error("%s: %s", kernel.DEVICE, e)
                 self._tell(lambda: None if self._ending else self._on_end())
-                break
-            finally:
-                free[slot] = False
-            turns[slot] += 1
+                return
             opcode, unique, handle, offset, size = unpack(request)
             try:
                 if opcode == kernel.READ:
-                    self._read(unique, handle, offset, size)
+                    self._take_read(unique, handle, offset, size)
                 elif opcode == kernel.LSEEK:
-                    self._seek(unique, handle, offset, size)
+                    self._take_seek(unique, handle, offset, size)
                 elif opcode not in kernel.UNANSWERED:
                     if opcode in (kernel.READDIR, kernel.READDIRPLUS):
                         kernel.SIZE.pack_into(request, kernel.SIZE_AT, min(size, _LARGEST_LISTING))
                     self._pair.send(view[:length])
-            except Exception as e:  # noqa: BLE001, nothing may end a thread
-                # Nothing above raises after an answer was written.
+            except Exception as e:  # noqa: BLE001, nothing may end the thread
+                # Nothing above raises after it answered, or after it gave the request to another one.
                 if not self._ending:
                     log.error("request %d of type %d failed: %r", unique, opcode, e)
                 self.refuse(unique, errno.ENOTCONN if self._ending else errno.EIO)
-        del self._threads[slot]
 
-    def _read(self, unique: int, handle: int, offset: int, size: int) -> None:
-        file = self._enter(unique, handle)
+    def _take_read(self, unique: int, handle: int, offset: int, size: int) -> None:
+        file = self._files.get(handle)
         if file is None:
             self._hand_over(lambda: self._others.start_read(unique, handle, offset, size), unique)
             return
-        try:
-            length = max(0, min(size, file.size - offset))
-            pieces = file.gather(offset, length) if length else ()
-            if file.held.condemned is None and sum(map(len, pieces)) == length:
-                code = 0
-            else:
-                code = errno.EIO
-                self._complain(file, f"read of {size} bytes at {offset}", _reason(file))
-        except Exception as e:  # noqa: BLE001, whatever an Image raises
-            code = errno.EIO
-            self._complain(file, f"read of {size} bytes at {offset}", e)
-        finally:
-            file.readers.pop()
-        if code:
-            self.refuse(unique, code)
-            return
-        error = self.answer(unique, pieces, length)
-        if error is not None:  # EFAULT: a mapped file can't be read there
-            self._complain(file, f"read of {size} bytes at {offset}", error)
-
-    def _seek(self, unique: int, handle: int, offset: int, whence: int) -> None:
-        file = self._enter(unique, handle)
-        if file is None:
-            self._hand_over(lambda: self._others.start_seek(unique, handle, offset, whence), unique)
-            return
-        found, code = 0, 0
-        try:
-            if file.held.condemned is not None:
-                raise _reason(file)
-            found = file.seek(offset, whence)
-        except OSError as e:
-            code = e.errno or errno.EIO
-        except Exception as e:  # noqa: BLE001, as above
-            code = errno.EIO
-            self._complain(file, f"seek at {offset}", e)
-        finally:
-            file.readers.pop()
-        if code:
-            self.refuse(unique, code)
+        length, piece = min(size, file.size - offset), None
+        self._in_image = file
+        # In this order: `remove` takes the handle away and then waits for us, `finish` sets the flag and then waits.
+        if handle in self._files and not self._ending and length > 0:
+            try:
+                piece = file.at_once(offset, length)
+            except Exception:  # noqa: BLE001, whatever it is, a worker meets it too, and tells
+                piece = None
+        self._in_image = None
+        if piece is not None and len(piece) == length and file.held.condemned is None:
+            self.answer(unique, (piece,), length)
         else:
-            self.answer_seek(unique, found)
+            self._workers.submit(file, Job(unique, kernel.READ, offset, size))
 
-    def _enter(self, unique: int, handle: int) -> _File | None:
-        """Return the handle's file, and be among its readers, or None when somebody else has to answer."""
+    def _take_seek(self, unique: int, handle: int, offset: int, whence: int) -> None:
         file = self._files.get(handle)
         if file is None:
-            return None
-        if True not in self._free:
-            if len(self._threads) == MAX_THREADS:
-                return None
-            self._crowded.set()
-        file.readers.append(unique)
-        # In this order: `remove` looks at the readers after it took the handle away, `close` after it set the flag.
-        if self._ending or handle not in self._files:
-            file.readers.pop()
-            return None
-        return file
+            self._hand_over(lambda: self._others.start_seek(unique, handle, offset, whence), unique)
+        else:
+            self._workers.submit(file, Job(unique, kernel.LSEEK, offset, whence))
 
     def _hand_over(self, call: Callable[[], None], unique: int) -> None:
         if self._ending or not self._tell(call):
@@ -305,8 +209,47 @@ class Lane:
             return False
         return True
 
-    def _complain(self, file: _File, doing: str, error: Exception) -> None:
-        self._others.complain(file.inode, doing, error)
+    # In the workers.
+
+    def _read(self, file: File, unique: int, offset: int, size: int) -> None:
+        length = max(0, min(size, file.size - offset))
+        try:
+            self._refuse_if_ending()
+            pieces = file.gather(offset, length) if length else ()
+            file.refuse_condemned()
+            if sum(map(len, pieces)) != length:
+                raise ValueError("the image gave another number of bytes than was asked for")
+        except Exception as e:  # noqa: BLE001, whatever an Image raises
+            self._fail(file, unique, f"read of {size} bytes at {offset}", e)
+            return
+        error = self.answer(unique, pieces, length)
+        if error is not None:
+            self._others.complain(file.inode, f"read of {size} bytes at {offset}", error)
+
+    def _seek(self, file: File, unique: int, offset: int, whence: int) -> None:
+        try:
+            self._refuse_if_ending()
+            file.refuse_condemned()
+            found = file.seek(offset, whence)
+        except OSError as e:
+            self.refuse(unique, e.errno or errno.EIO)
+        except Exception as e:  # noqa: BLE001, as above
+            self._fail(file, unique, f"seek at {offset}", e)
+        else:
+            self.answer_seek(unique, found)
+
+    def _refuse_if_ending(self) -> None:
+        if self._ending:
+            raise OSError(errno.ENOTCONN, "the mount ends")
+
+    def _fail(self, file: File, unique: int, doing: str, error: Exception) -> None:
+        if self._ending:
+            self.refuse(unique, errno.ENOTCONN)
+        else:
+            self.refuse(unique, errno.EIO)
+            self._others.complain(file.inode, doing, error)
+
+    # The relay thread.
 
     def _relay(self) -> None:
         """Carry libfuse's answers to the kernel, until it closes its end."""
@@ -324,33 +267,18 @@ class Lane:
             if not number:
                 self._on_answering()
 
-    def _watch(self) -> None:
-        """Start another thread whenever too few are left that do not hang."""
-        while not self._ending:
-            self._crowded.wait()
-            before = self._turns.copy()
-            time.sleep(_STALL_S)
-            self._crowded.clear()
-            if True in self._free or self._ending:
-                continue
-            hung = sum(before[slot] == self._turns[slot] for slot in list(self._threads))
-            if hung > len(self._threads) - THREADS and len(self._threads) < MAX_THREADS:
-                self._start_thread(next(slot for slot in range(MAX_THREADS) if slot not in self._threads))
-            self._crowded.set()
-
     # The end.
 
     async def finish(self) -> None:
         """Take no more reads, and return when those that are being answered are."""
         self._ending = True
-        self._crowded.set()
         while self.reading:
             await trio.sleep(0.005)
 
     @property
     def reading(self) -> bool:
         """Whether a thread is in an image."""
-        return any(file.readers for file in self._files.values())
+        return self._in_image is not None or self._workers.busy
 
     def close(self) -> None:
         """Let libfuse's end go; it is closed already. Close the device, if no thread is left at it.
@@ -359,17 +287,11 @@ class Lane:
         closes the device, and its readers get ENOTCONN.
         """
         self._ending = True
-        self._crowded.set()
         with contextlib.suppress(OSError):
             self._pair.shutdown(socket.SHUT_RDWR)
-        threads = [*self._threads.values(), *self._relayers]
-        for thread in threads:
+        if not self._workers.busy:
+            self._workers.end()
+        for thread in self._threads:
             thread.join(0.1)
-        if not any(thread.is_alive() for thread in threads):
+        if not self._workers.busy and not any(thread.is_alive() for thread in self._threads):
             os.close(self._device)
-
-
-def _reason(file: _File) -> Exception:
-    if file.held.condemned is not None:
-        return BackupfsError(f"the image can't be trusted: {file.held.condemned}")
-    return AssertionError("the image gave another number of bytes than was asked for")

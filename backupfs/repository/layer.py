@@ -5,7 +5,6 @@ leaves a temporary file that the next writer removes: a layer gets its name only
 """
 
 import ctypes
-import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -102,12 +101,14 @@ class Layer:
             raise Corrupt(self.path, offset, f"can't be read: {e}") from e
         return data
 
-    def map(self) -> mmap.mmap:
-        """Return the file mapped into memory. Raises RepositoryError."""
+    def pread_at_once(self, offset: int, length: int) -> bytearray | None:
+        """Return the same if the kernel has all of it in memory. Source: preadv2(2), RWF_NOWAIT."""
+        buffer = bytearray(length)
         try:
-            return mmap.mmap(self._fd, self.length, prot=mmap.PROT_READ)
-        except OSError as e:
-            raise RepositoryError(f"{self.path}: can't be mapped: {e.strerror}") from e
+            got = os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT)
+        except OSError:  # EAGAIN; EOPNOTSUPP of file systems that can't tell
+            return None
+        return buffer if got == length else None
 
     def trailer(self) -> LayerTrailer:
         """Return the checked trailer; the fences are loaded with it."""

@@ -5,8 +5,6 @@ read of it. So a layer that somebody changes while it is open is not found out b
 checked each time.
 """
 
-from collections.abc import Callable
-
 import xxhash
 
 from backupfs.errors import Corrupt
@@ -29,24 +27,11 @@ class Payloads:
         # A bit for each chunk_size bytes of the file: of chunks that do not overlap only one can begin there. When two
         # threads set bits of one byte at once, one may be lost: that chunk is checked again.
         self._checked = bytearray(layer.length // chunk_size // 8 + 1)
-        self._mapped = memoryview(layer.map())
 
     def is_checked(self, offset: int) -> bool:
         """Whether the chunk that is stored as it is at `offset` was found right."""
         slot = offset // self.chunk_size
         return bool(self._checked[slot >> 3] & 1 << (slot & 7))
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Return bytes of chunks that were checked. Raises Corrupt: they can't be read."""
-        return self.layer.pread(offset, length)
-
-    def view(self, offset: int, length: int) -> memoryview:
-        """Return the same, where the kernel has the file in memory: for system calls only.
-
-        When the disk can't read them, or the file has become shorter, a system call that is given them fails with
-        EFAULT; whoever else looks at them is killed by SIGBUS.
-        """
-        return self._mapped[offset : offset + length]
 
     def check(self, chunk: bytes | memoryview, offset: int, xxh3: int) -> None:
         """Compare a decoded chunk with its hash. Raises Corrupt."""
@@ -86,10 +71,6 @@ class Payloads:
         self._checked[slot >> 3] |= 1 << (slot & 7)
 
 
-Part = Callable[[Payloads, int, int], bytes | memoryview]
-"""Payloads.read or Payloads.view."""
-
-
 class Run:
     """Bytes of chunks that are stored as they are, side by side in one layer: read at once."""
 
@@ -111,11 +92,9 @@ class Run:
         if not self._payloads.is_checked(offset):
             self._expected.append((offset, xxh3))
 
-    def take(self, part: Part) -> bytes | memoryview:
-        """Return the bytes: those of checked chunks by `part`. Raises Corrupt."""
+    def read(self) -> bytes:
+        """Return the bytes. Raises Corrupt."""
         payloads = self._payloads
-        if not self._expected:
-            return part(payloads, self._offset, self._length)
         data = payloads.layer.pread(self._offset, self._length)
         view = memoryview(data)
         for offset, xxh3 in self._expected:

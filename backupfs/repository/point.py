@@ -28,7 +28,7 @@ from backupfs.repository.format import (
 from backupfs.repository.index import Index
 from backupfs.repository.layer import Layer
 from backupfs.repository.manifest import DiskEntry
-from backupfs.repository.payloads import Part, Payloads, Run
+from backupfs.repository.payloads import Payloads, Run
 from backupfs.units import MiB
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class LayerStore:
         self.chunks: LruCache[tuple[int, int, int], bytes] = LruCache(chunk_cache)
         self._repository_id = repository_id
         # A quarter of the descriptors that the process may have; the mount raises its limit first.
-        self._layers: LruCache[tuple[int, int], Payloads] = LruCache(min(_OPEN_LAYERS, os.sysconf("SC_OPEN_MAX") // 4))
+        self.opened: LruCache[tuple[int, int], Payloads] = LruCache(min(_OPEN_LAYERS, os.sysconf("SC_OPEN_MAX") // 4))
 
     def payloads(self, chain: Chain, seq: int) -> Payloads:
         """Return what an open layer stores; it is the layer in the index.
@@ -81,13 +81,13 @@ class LayerStore:
             NotFound: the file is missing.
             Corrupt: it is damaged, or another layer than the one that was indexed.
         """
-        held = self._layers.get((chain.no, seq))
+        held = self.opened.get((chain.no, seq))
         if held is None:
             path = layer_path(chain.root, chain.vm, chain.disk, chain.name, seq)
             layer = Layer(path)
             check_address(layer, self._repository_id, chain, seq, self.index.layer_id(chain.no, seq))
             held = Payloads(layer, self.chunk_size)
-            self._layers.put((chain.no, seq), held, 1)
+            self.opened.put((chain.no, seq), held, 1)
         return held
 
     def layer(self, chain: Chain, seq: int) -> Layer:
@@ -96,7 +96,7 @@ class LayerStore:
 
     def close(self) -> None:
         """Drop everything; layers that a thread still reads from close after it."""
-        self._layers.clear()
+        self.opened.clear()
         self.regions.clear()
         self.chunks.clear()
 
@@ -126,31 +126,47 @@ class PointImage:
         view = memoryview(buffer)
         position = 0
         while position < len(view):
-            for piece in self._pieces(offset + position, min(_STEP, len(view) - position), Payloads.read):
+            for piece in self.gather(offset + position, min(_STEP, len(view) - position)):
                 view[position : position + len(piece)] = piece
                 position += len(piece)
 
-    def gather(self, offset: int, length: int) -> Sequence[Buffer | bytes]:
-        if offset < 0 or length < 0 or offset + length > self.size:
-            check_range(self, offset, length)
-        return self._pieces(offset, length, Payloads.view)
+    def at_once(self, offset: int, length: int) -> Buffer | bytes | None:
+        # The way of most reads: each call less is a percent.
+        chunk_no, within = divmod(offset, self._chunk_size)
+        if within + length > self._chunk_size or not 0 <= offset <= self.size - length:
+            return None
+        region, i = divmod(chunk_no, REGION_CHUNKS)
+        store, chain_no = self._store, self._chain.no
+        positions = store.regions.get((chain_no, self._entry.seq, region))
+        if positions is None:
+            return None
+        at, _, seq, packed = PLACE.unpack_from(positions, i * PLACE.size)
+        if not packed:
+            return ZEROES[:length]
+        payloads = store.opened.get((chain_no, seq))
+        if payloads is None:
+            return None
+        if packed == payloads.whole:
+            return payloads.layer.pread_at_once(at + within, length) if payloads.is_checked(at) else None
+        chunk = store.chunks.get((chain_no, seq, at))
+        return None if chunk is None else memoryview(chunk)[within : within + length]
 
-    def _pieces(self, offset: int, length: int, part: Part) -> Sequence[Buffer | bytes]:
+    def gather(self, offset: int, length: int) -> Sequence[Buffer | bytes]:
+        check_range(self, offset, length)
         chunk_no, within = divmod(offset, self._chunk_size)
         if within + length > self._chunk_size:
-            return self._pieces_of_chunks(offset, length, part)
-        # The way of most reads: each call less is a percent.
+            return self._pieces_of_chunks(offset, length)
         region, i = divmod(chunk_no, REGION_CHUNKS)
         at, xxh3, seq, packed = PLACE.unpack_from(self.map.region(region), i * PLACE.size)
         if not packed:
             return (ZEROES[:length],)
         payloads = self._store.payloads(self._chain, seq)
         if packed == payloads.whole and payloads.is_checked(at):
-            return (part(payloads, at + within, length),)
+            return (payloads.layer.pread(at + within, length),)
         return (memoryview(self._chunk(payloads, seq, at, xxh3, packed))[within : within + length],)
 
-    def _pieces_of_chunks(self, offset: int, length: int, part: Part) -> list[Buffer | bytes]:
-        """Return the pieces of a range of several chunks. What lies side by side in a layer is read at once."""
+    def _pieces_of_chunks(self, offset: int, length: int) -> list[Buffer | bytes]:
+        """Return the pieces of a range that is in several chunks. What lies side by side in a layer is read at once."""
         pieces: list[Buffer | bytes] = []
         run: Run | None = None
         position, end = offset, offset + length
@@ -165,19 +181,19 @@ class PointImage:
                 if packed == payloads.whole and (size == self._chunk_size or payloads.is_checked(at)):
                     if run is None or not run.extend(payloads, at + within, size):
                         if run is not None:
-                            pieces.append(run.take(part))
+                            pieces.append(run.read())
                         run = Run(payloads, at + within, size)
                     run.expect(at, xxh3)
                     continue
             if run is not None:
-                pieces.append(run.take(part))
+                pieces.append(run.read())
                 run = None
             if packed:
                 pieces.append(memoryview(self._chunk(payloads, seq, at, xxh3, packed))[within : within + size])
             else:
                 pieces.append(ZEROES[:size])
         if run is not None:
-            pieces.append(run.take(part))
+            pieces.append(run.read())
         return pieces
 
     def _chunk(self, payloads: Payloads, seq: int, at: int, xxh3: int, packed: int) -> bytes:

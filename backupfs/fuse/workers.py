@@ -1,0 +1,144 @@
+"""The threads that answer what the lane's reader thread can't at once: they read disks, decompress, walk extents.
+
+Started as they are needed, up to WORKERS, and at most WORKERS_OF_AN_IMAGE of them are in one image: readers of one that
+hangs wait, and nobody else.
+"""
+
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from backupfs.errors import BackupfsError
+from backupfs.fuse import kernel
+from backupfs.image import Buffer, Gatherer, Image, seek
+
+WORKERS = 32
+WORKERS_OF_AN_IMAGE = 8
+
+
+class Held(Protocol):
+    """An image that is open, for all who have it open, and whether it can be trusted (images.py)."""
+
+    image: Image | None
+    condemned: Exception | None
+
+
+class File:
+    """A file handle that the lane answers for."""
+
+    def __init__(self, inode: int, held: Held) -> None:
+        assert held.image is not None, "open"
+        self.inode = inode
+        self.held = held
+        self.image: Image = held.image
+        self.size = self.image.size
+        self.jobs = 0  # that a worker has or is to take
+        self.at_once: Callable[[int, int], Buffer | bytes | None] = lambda _offset, _length: None
+        self.gather: Callable[[int, int], Sequence[Buffer | bytes]] = self._read
+        if isinstance(self.image, Gatherer):
+            self.at_once, self.gather = self.image.at_once, self.image.gather
+        self._data = 0, 0  # offset and end of data that is known: programs ask for its end from everywhere in it
+
+    def _read(self, offset: int, length: int) -> list[Buffer | bytes]:
+        buffer = bytearray(length)
+        self.image.readinto(offset, buffer)
+        return [buffer]
+
+    def seek(self, offset: int, whence: int) -> int:
+        """Return where data or a hole begins. Raises as `image.seek`."""
+        first, end = self._data
+        if first <= offset < end and whence in (os.SEEK_DATA, os.SEEK_HOLE):
+            return end if whence == os.SEEK_HOLE else offset
+        found = seek(self.image, offset, whence)
+        if whence == os.SEEK_HOLE:
+            self._data = offset, found
+        return found
+
+    def refuse_condemned(self) -> None:
+        """Raise BackupfsError if the image can't be trusted."""
+        if self.held.condemned is not None:
+            raise BackupfsError(f"the image can't be trusted: {self.held.condemned}")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A READ or an LSEEK; `size` is `whence` then."""
+
+    unique: int
+    opcode: int
+    offset: int
+    size: int
+
+
+class _Waiting:
+    """The jobs of one image that nobody does yet. Each of its tickets in the queue lets a worker do one of them."""
+
+    def __init__(self) -> None:
+        self.jobs: deque[tuple[File, Job]] = deque()
+        self.queued = 0  # tickets
+        self.working = 0  # tickets that a worker has
+
+
+class Workers:
+    """Does jobs.
+
+    Args:
+        read, seek: answer a request, whatever happens; called in a thread.
+    """
+
+    def __init__(
+        self, read: Callable[[File, int, int, int], None], seek: Callable[[File, int, int, int], None]
+    ) -> None:
+        self._answer = {kernel.READ: read, kernel.LSEEK: seek}
+        self._lock = threading.Lock()
+        self._tickets = 0  # in the queue, or with a worker
+        self._threads = 0
+        self._queue: queue.SimpleQueue[tuple[int, _Waiting] | None] = queue.SimpleQueue()
+        self._waiting: dict[int, _Waiting] = {}  # by inode
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are jobs."""
+        return self._tickets > 0
+
+    def submit(self, file: File, job: Job) -> None:
+        """Have a job done."""
+        with self._lock:
+            waiting = self._waiting.setdefault(file.inode, _Waiting())
+            waiting.jobs.append((file, job))
+            file.jobs += 1
+            if waiting.queued + waiting.working < WORKERS_OF_AN_IMAGE:
+                waiting.queued += 1
+                self._tickets += 1
+                if self._tickets > self._threads and self._threads < WORKERS:
+                    self._threads += 1
+                    threading.Thread(target=self._work, name=f"lane-worker-{self._threads}", daemon=True).start()
+                self._queue.put((file.inode, waiting))
+
+    def end(self) -> None:
+        """Let the threads end that have nothing to do."""
+        for _ in range(self._threads):
+            self._queue.put(None)
+
+    def _work(self) -> None:
+        while (ticket := self._queue.get()) is not None:
+            inode, waiting = ticket
+            with self._lock:
+                file, job = waiting.jobs.popleft()
+                waiting.queued -= 1
+                waiting.working += 1
+            self._answer[job.opcode](file, job.unique, job.offset, job.size)
+            with self._lock:
+                file.jobs -= 1
+                waiting.working -= 1
+                if len(waiting.jobs) > waiting.queued:
+                    waiting.queued += 1
+                    self._queue.put(ticket)
+                    continue
+                self._tickets -= 1
+                if not waiting.queued + waiting.working:
+                    del self._waiting[inode]
