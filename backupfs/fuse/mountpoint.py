@@ -26,7 +26,7 @@ FILE_SYSTEM = "fuse.backupfs"
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
 _MNT_DETACH = 2
 _READAHEAD_KB = 1024  # the largest READ
-_ANSWER_S = 5.0  # a mount that does not answer a stat by then hangs, but it is not dead
+_ANSWER_S = 5.0  # a mount that does not answer by then hangs, but it is not dead
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -70,12 +70,15 @@ def _unescape(field: str) -> str:
 
 
 def is_dead(path: str) -> bool:
-    """Whether what is mounted at `path` has lost its process. A stat of it says so; one that hangs is not dead."""
+    """Whether what is mounted at `path` has lost its process. One that hangs is not dead.
+
+    statvfs(2) says so: a stat is answered by the kernel alone as long as it believes the last answer.
+    """
     outcome: list[int] = []
 
     def look() -> None:
         try:
-            os.stat(path)
+            os.statvfs(path)
             outcome.append(0)
         except OSError as e:
             outcome.append(e.errno or 0)
