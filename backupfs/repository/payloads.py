@@ -24,14 +24,14 @@ class Payloads:
         self.layer = layer
         self.chunk_size = chunk_size
         self.whole = chunk_size | codec.NONE << CODEC_SHIFT
-        # A bit for each chunk_size bytes of the file: of chunks that do not overlap only one can begin there. When two
-        # threads set bits of one byte at once, one may be lost: that chunk is checked again.
-        self._checked = bytearray(layer.length // chunk_size // 8 + 1)
+        # 31 bits of the hash that was found right, for each chunk_size bytes of the file: of chunks that do not overlap
+        # only one can begin there. Of the hash, not only that it was: should the number of a layer ever stand for
+        # another one, it is not taken for checked. Memory that nobody touches is not taken.
+        self._checked = memoryview(bytearray(4 * (layer.length // chunk_size + 1))).cast("I")
 
-    def is_checked(self, offset: int) -> bool:
-        """Whether the chunk that is stored as it is at `offset` was found right."""
-        slot = offset // self.chunk_size
-        return bool(self._checked[slot >> 3] & 1 << (slot & 7))
+    def is_checked(self, offset: int, xxh3: int) -> bool:
+        """Whether the chunk that is stored as it is at `offset` was found to have this hash."""
+        return self._checked[offset // self.chunk_size] == xxh3 & 0xFFFFFFFF | 1
 
     def check(self, chunk: bytes | memoryview, offset: int, xxh3: int) -> None:
         """Compare a decoded chunk with its hash. Raises Corrupt."""
@@ -62,13 +62,12 @@ class Payloads:
             raise Corrupt(self.layer.path, offset, f"unknown codec {codec_id}")
         self.check(chunk, offset, xxh3)
         if codec_id == codec.NONE:
-            self.mark(offset)
+            self.mark(offset, xxh3)
         return chunk
 
-    def mark(self, offset: int) -> None:
+    def mark(self, offset: int, xxh3: int) -> None:
         """Remember that a chunk was found right."""
-        slot = offset // self.chunk_size
-        self._checked[slot >> 3] |= 1 << (slot & 7)
+        self._checked[offset // self.chunk_size] = xxh3 & 0xFFFFFFFF | 1
 
 
 class Run:
@@ -89,7 +88,7 @@ class Run:
 
     def expect(self, offset: int, xxh3: int) -> None:
         """Have the chunk at `offset`, all of which is in the run, checked unless it was."""
-        if not self._payloads.is_checked(offset):
+        if not self._payloads.is_checked(offset, xxh3):
             self._expected.append((offset, xxh3))
 
     def read(self) -> bytes:
@@ -100,5 +99,5 @@ class Run:
         for offset, xxh3 in self._expected:
             first = offset - self._offset
             payloads.check(view[first : first + payloads.chunk_size], offset, xxh3)
-            payloads.mark(offset)
+            payloads.mark(offset, xxh3)
         return data

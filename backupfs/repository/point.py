@@ -69,7 +69,7 @@ class LayerStore:
         self.index = index
         self.chunk_size = chunk_size
         self.regions: RegionCache = LruCache(_REGION_CACHE)
-        self.chunks: LruCache[tuple[int, int, int], bytes] = LruCache(chunk_cache)
+        self.chunks: LruCache[tuple[int, int, int, int], bytes] = LruCache(chunk_cache)
         self._repository_id = repository_id
         # A quarter of the descriptors that the process may have; the mount raises its limit first.
         self.opened: LruCache[tuple[int, int], Payloads] = LruCache(min(_OPEN_LAYERS, os.sysconf("SC_OPEN_MAX") // 4))
@@ -140,15 +140,15 @@ class PointImage:
         positions = store.regions.get((chain_no, self._entry.seq, region))
         if positions is None:
             return None
-        at, _, seq, packed = PLACE.unpack_from(positions, i * PLACE.size)
+        at, xxh3, seq, packed = PLACE.unpack_from(positions, i * PLACE.size)
         if not packed:
             return ZEROES[:length]
         payloads = store.opened.get((chain_no, seq))
         if payloads is None:
             return None
         if packed == payloads.whole:
-            return payloads.layer.pread_at_once(at + within, length) if payloads.is_checked(at) else None
-        chunk = store.chunks.get((chain_no, seq, at))
+            return payloads.layer.pread_at_once(at + within, length) if payloads.is_checked(at, xxh3) else None
+        chunk = store.chunks.get((chain_no, seq, at, xxh3))
         return None if chunk is None else memoryview(chunk)[within : within + length]
 
     def gather(self, offset: int, length: int) -> Sequence[Buffer | bytes]:
@@ -161,7 +161,7 @@ class PointImage:
         if not packed:
             return (ZEROES[:length],)
         payloads = self._store.payloads(self._chain, seq)
-        if packed == payloads.whole and payloads.is_checked(at):
+        if packed == payloads.whole and payloads.is_checked(at, xxh3):
             return (payloads.layer.pread(at + within, length),)
         return (memoryview(self._chunk(payloads, seq, at, xxh3, packed))[within : within + length],)
 
@@ -178,7 +178,7 @@ class PointImage:
             at, xxh3, seq, packed = PLACE.unpack_from(self.map.region(region), i * PLACE.size)
             if packed:
                 payloads = self._store.payloads(self._chain, seq)
-                if packed == payloads.whole and (size == self._chunk_size or payloads.is_checked(at)):
+                if packed == payloads.whole and (size == self._chunk_size or payloads.is_checked(at, xxh3)):
                     if run is None or not run.extend(payloads, at + within, size):
                         if run is not None:
                             pieces.append(run.read())
@@ -200,7 +200,7 @@ class PointImage:
         """Return a decoded chunk. What was stored as it is leaves to the page cache what is kept of it."""
         if packed == payloads.whole:
             return payloads.chunk(at, xxh3, packed)
-        key = (self._chain.no, seq, at)
+        key = (self._chain.no, seq, at, xxh3)
         held = self._store.chunks.get(key)
         if held is None:
             held = payloads.chunk(at, xxh3, packed)

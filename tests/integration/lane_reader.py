@@ -25,7 +25,10 @@ def look(path: str, expected: bytes, rng: random.Random) -> None:
             length = rng.choice((512, 4096, 4096, 65536, 300_000, 2_000_000))
             offset = offset // 4096 * 4096
             found = pread(fd, length, offset)
-            assert found == expected[offset : offset + length], f"{path}: {length} bytes at {offset}"
+            right = expected[offset : offset + length]
+            if found != right:
+                wrong = [i for i in range(0, len(right), 512) if found[i : i + 512] != right[i : i + 512]]
+                sys.exit(f"{path}: {length} bytes at {offset}: got {len(found)}, sectors wrong at {wrong[:9]}")
     finally:
         os.close(fd)
 

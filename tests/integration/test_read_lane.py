@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ class Place:
         text = b"".join(b"line %d of a file\n" % i for i in range(90_000))
         self.disk = bytearray(text + bytes(1 * MiB) + self.rng.randbytes(1 * MiB + 777))
         self.points: list[str] = []
+        self.moment = MOMENT
 
     def add(self) -> None:
         """Add a point in which a few ranges changed, some of them to zeroes."""
@@ -50,7 +52,9 @@ class Place:
         holding = self.expected / "new"
         holding.write_bytes(self.disk)
         with Repository.open(str(self.repository)) as repository:
-            point = add_point(repository, bytes(self.disk)).id
+            # Never the id of one that was removed: a reader may have taken that one's bytes for what to expect.
+            self.moment += timedelta(minutes=1)
+            point = add_point(repository, bytes(self.disk), moment=self.moment).id
         holding.rename(self.expected / point)
         self.points.append(point)
 
