@@ -101,6 +101,8 @@ class Lane:
     async def remove(self, handle: int) -> None:
         """Forget a handle; no thread is in its image any more when this returns."""
         file = self._files.pop(handle, None)
+        if file is not None:
+            file.closed = True
         # The kernel releases a handle after its last READ is answered, so this hardly ever waits.
         while file is not None and (file is self._in_image or file.jobs):
             await trio.sleep(0.005)
@@ -215,8 +217,9 @@ class Lane:
         length = max(0, min(size, file.size - offset))
         try:
             self._refuse_if_ending()
+            file.check()
             pieces = file.gather(offset, length) if length else ()
-            file.refuse_condemned()
+            file.check()  # it may have been condemned in the meantime
             if sum(map(len, pieces)) != length:
                 raise ValueError("the image gave another number of bytes than was asked for")
         except Exception as e:  # noqa: BLE001, whatever an Image raises
@@ -229,7 +232,7 @@ class Lane:
     def _seek(self, file: File, unique: int, offset: int, whence: int) -> None:
         try:
             self._refuse_if_ending()
-            file.refuse_condemned()
+            file.check()
             found = file.seek(offset, whence)
         except OSError as e:
             self.refuse(unique, e.errno or errno.EIO)
@@ -261,11 +264,11 @@ class Lane:
                 if not length:
                     return
                 os.write(self._device, view[:length])
-            except OSError as e:
-                if e.errno not in _GONE:
-                    log.error("an answer of libfuse's was refused: %s", e)
-            if not number:
-                self._on_answering()
+                if not number:
+                    self._on_answering()
+            except Exception as e:  # noqa: BLE001, nothing may end the thread
+                if not (isinstance(e, OSError) and e.errno in _GONE):
+                    log.error("an answer of libfuse's was refused: %r", e)
 
     # The end.
 
@@ -279,6 +282,11 @@ class Lane:
     def reading(self) -> bool:
         """Whether a thread is in an image."""
         return self._in_image is not None or self._workers.busy
+
+    def give_up(self) -> None:
+        """Leave the device to libfuse, which did not take its end of the pair for it. Instead of `start`."""
+        self._pair.close()
+        os.close(self.session)
 
     def close(self) -> None:
         """Let libfuse's end go; it is closed already. Close the device, if no thread is left at it.

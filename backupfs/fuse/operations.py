@@ -217,7 +217,9 @@ class Operations(pyfuse3.Operations):
                 await self.images.acquire(inode, file)
             except Stale:
                 raise
-            except NotFound as e:  # the name is there, so it is a part of the content that is missing
+            except NotFound as e:
+                await self._ask(self._tree.file, inode)  # Stale: the point has just gone
+                # The name is there, so it is a part of the content that is missing.
                 self.complaints.say(self.subject(inode), "open", e)
                 raise pyfuse3.FUSEError(errno.EIO) from e
         handle = next(self._handles)

@@ -77,8 +77,7 @@ async def _live(catalogue: Catalogue, path: str, source: str, allow_other: bool,
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         device = mountpoint.open_device(path, source, allow_other=allow_other)
         mounted = mountpoint.find(path)
-        attached = False
-        lane = _new_lane(device)
+        attached, lane = False, None
         try:
             async with trio.open_nursery() as nursery:
 
@@ -89,8 +88,7 @@ async def _live(catalogue: Catalogue, path: str, source: str, allow_other: bool,
                         log.error("%s: who started the mount is gone (%s); unmounting", path, e)
                         os.kill(os.getpid(), signal.SIGTERM)
 
-                operations = Operations(tree, nursery, ready, lane)
-                attach(operations, lane.session if lane else device)
+                operations, lane = _attach(lambda lane: Operations(tree, nursery, ready, lane), device)
                 attached = True
                 nursery.start_soon(_end_on_signal, signals, path, mounted, nursery.cancel_scope)
                 if lane:
@@ -105,24 +103,29 @@ async def _live(catalogue: Catalogue, path: str, source: str, allow_other: bool,
         finally:
             if attached:
                 detach()
-            elif lane:
-                os.close(lane.session)
+            else:
+                os.close(device)
             if lane:
                 lane.close()
-            elif not attached:
-                os.close(device)
     return not (operations.abandoned or (lane and lane.reading))
 
 
-def _new_lane(device: int) -> Lane | None:
-    """Put a lane in front of the device. Without one pyfuse3 answers reads too, which is slower."""
-    if os.environ.get(_NO_LANE):
-        return None
-    try:
-        return Lane(device)
-    except OSError as e:
-        log.warning("reads are slower than they could be: no socket pair: %s", e)
-        return None
+def _attach(operations: Callable[[Lane | None], Operations], device: int) -> tuple[Operations, Lane | None]:
+    """Have libfuse answer behind a lane; or, when that can't be, at the device itself, which is slower."""
+    if not os.environ.get(_NO_LANE):
+        lane = None
+        try:
+            lane = Lane(device)
+            with_lane = operations(lane)
+            attach(with_lane, lane.session)
+            return with_lane, lane
+        except (OSError, RuntimeError) as e:
+            log.warning("reads are slower than they could be, without the read lane: %s", e)
+            if lane:
+                lane.give_up()
+    alone = operations(None)
+    attach(alone, device)
+    return alone, None
 
 
 async def _end_on_signal(

@@ -37,6 +37,7 @@ class File:
         self.image: Image = held.image
         self.size = self.image.size
         self.jobs = 0  # that a worker has or is to take
+        self.closed = False
         self.at_once: Callable[[int, int], Buffer | bytes | None] = lambda _offset, _length: None
         self.gather: Callable[[int, int], Sequence[Buffer | bytes]] = self._read
         if isinstance(self.image, Gatherer):
@@ -58,8 +59,10 @@ class File:
             self._data = offset, found
         return found
 
-    def refuse_condemned(self) -> None:
-        """Raise BackupfsError if the image can't be trusted."""
+    def check(self) -> None:
+        """Raise BackupfsError if the image can't be trusted, or must not be read any more."""
+        if self.closed:
+            raise BackupfsError("the file is closed")
         if self.held.condemned is not None:
             raise BackupfsError(f"the image can't be trusted: {self.held.condemned}")
 
@@ -106,17 +109,17 @@ class Workers:
         return self._tickets > 0
 
     def submit(self, file: File, job: Job) -> None:
-        """Have a job done."""
+        """Have a job done. Raises RuntimeError: no thread can be started; the job is not taken."""
         with self._lock:
+            if self._tickets >= self._threads and self._threads < WORKERS:
+                threading.Thread(target=self._work, name=f"lane-worker-{self._threads}", daemon=True).start()
+                self._threads += 1
             waiting = self._waiting.setdefault(file.inode, _Waiting())
             waiting.jobs.append((file, job))
             file.jobs += 1
             if waiting.queued + waiting.working < WORKERS_OF_AN_IMAGE:
                 waiting.queued += 1
                 self._tickets += 1
-                if self._tickets > self._threads and self._threads < WORKERS:
-                    self._threads += 1
-                    threading.Thread(target=self._work, name=f"lane-worker-{self._threads}", daemon=True).start()
                 self._queue.put((file.inode, waiting))
 
     def end(self) -> None:

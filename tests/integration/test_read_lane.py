@@ -18,6 +18,8 @@ from mounts import LANES, choose_lane, fails_with, needs_fuse, unmount_all, wait
 from repositories import MOMENT, add_point
 
 from backupfs.extents import Extent
+from backupfs.fuse import session
+from backupfs.fuse.lane import Lane
 from backupfs.image import ZeroImage, seek
 from backupfs.repository.repository import Repository
 from backupfs.services import mount as service
@@ -256,3 +258,25 @@ def test_seek_where_nothing_is() -> None:
     ):
         fails_with(code, seek, image, offset, whence)
     assert seek(BytesImage(b"x"), 0, os.SEEK_HOLE) == 1
+
+
+def test_without_a_lane_pyfuse3_answers(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    attached: list[int] = []
+
+    def attach(_: object, device: int) -> None:
+        attached.append(device)
+        if len(attached) == 1:
+            raise RuntimeError("fuse_session_mount failed")
+
+    monkeypatch.setattr(session, "attach", attach)
+    lanes: list[Lane | None] = []
+    open_before = len(os.listdir("/proc/self/fd"))
+    _, lane = session._attach(lanes.append, 99)  # type: ignore[arg-type, func-returns-value]
+    assert lane is None
+    assert lanes[0] is not None
+    assert lanes[1] is None
+    assert attached == [lanes[0].session, 99]
+    assert [r.message for r in caplog.records] == [
+        "reads are slower than they could be, without the read lane: fuse_session_mount failed"
+    ]
+    assert len(os.listdir("/proc/self/fd")) == open_before

@@ -19,6 +19,7 @@ from typing import Self
 
 from benchmarks.report import BACKUPFS
 
+_NO_LANE = "BACKUPFS_NO_READ_LANE"
 _START_S = 30.0  # a server has to answer by then
 _IDLE_S = 3  # a process is idle when it has used less than this share of a processor for so many seconds
 _IDLE_SHARE = 0.05
@@ -127,13 +128,17 @@ class Workplace:
                 _unmount(place)
 
     @contextlib.contextmanager
-    def mounted(self, repository: Path) -> Iterator["Mount"]:
-        """Mount a repository by `backupfs mount` while the block runs."""
+    def mounted(self, repository: Path, *, read_lane: bool = True) -> Iterator["Mount"]:
+        """Mount a repository by `backupfs mount` while the block runs; without the lane pyfuse3 answers reads."""
         self._count += 1
         place = self.path(f"mount-{self._count}")
         place.mkdir()
         try:
-            run(BACKUPFS, "-r", repository, "mount", place)
+            os.environ.update({} if read_lane else {_NO_LANE: "1"})
+            try:
+                run(BACKUPFS, "-r", repository, "mount", place)
+            finally:
+                os.environ.pop(_NO_LANE, None)
             yield Mount(place, find_mount_process(place))
         finally:
             subprocess.run([BACKUPFS, "umount", str(place)], capture_output=True, check=False)
