@@ -47,7 +47,10 @@ class Gatherer(Image, Protocol):
     """An image that can tell where its bytes lie in memory, which saves a copy."""
 
     def gather(self, offset: int, length: int) -> Sequence[Buffer | bytes]:
-        """Return the bytes of a range, not empty, as pieces in order, not to be written to. Raises as `readinto`."""
+        """Return the bytes of a range, not empty, as pieces in order. Raises as `readinto`.
+
+        They are not to be written to, and good until the same thread calls again.
+        """
 
     def at_once(self, offset: int, length: int) -> Buffer | bytes | None:
         """Return the bytes of a range, not empty, if that does not wait for a disk or work for long; otherwise None."""

@@ -101,6 +101,15 @@ class Layer:
             raise Corrupt(self.path, offset, f"can't be read: {e}") from e
         return data
 
+    def pread_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the file's bytes from `offset` on. Raises as `pread`."""
+        try:
+            done = os.preadv(self._fd, [buffer], offset)
+        except (OSError, OverflowError) as e:
+            raise Corrupt(self.path, offset, f"can't be read: {e}") from e
+        if done < len(buffer):
+            buffer[done:] = self.pread(offset + done, len(buffer) - done)
+
     def pread_at_once(self, offset: int, length: int) -> bytearray | None:
         """Return the same if the kernel has all of it in memory. Source: preadv2(2), RWF_NOWAIT."""
         buffer = bytearray(length)

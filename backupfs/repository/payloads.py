@@ -5,6 +5,8 @@ read of it. So a layer that somebody changes while it is open is not found out b
 checked each time.
 """
 
+import threading
+
 import xxhash
 
 from backupfs.errors import Corrupt
@@ -91,13 +93,25 @@ class Run:
         if not self._payloads.is_checked(offset, xxh3):
             self._expected.append((offset, xxh3))
 
-    def read(self) -> bytes:
-        """Return the bytes. Raises Corrupt."""
-        payloads = self._payloads
-        data = payloads.layer.pread(self._offset, self._length)
-        view = memoryview(data)
+    def read(self, buffer: memoryview) -> memoryview:
+        """Read the bytes into the beginning of a buffer; return that part of it. Raises Corrupt."""
+        payloads, view = self._payloads, buffer[: self._length]
+        payloads.layer.pread_into(self._offset, view)
         for offset, xxh3 in self._expected:
             first = offset - self._offset
             payloads.check(view[first : first + payloads.chunk_size], offset, xxh3)
             payloads.mark(offset, xxh3)
-        return data
+        return view
+
+
+class Scratch(threading.local):
+    """Memory for runs, a piece for each thread: new memory costs as much as reading into it."""
+
+    def __init__(self) -> None:
+        self._buffer = memoryview(b"")
+
+    def take(self, length: int) -> memoryview:
+        """Return `length` bytes, which are the thread's until it takes some again."""
+        if len(self._buffer) < length:
+            self._buffer = memoryview(bytearray(length))
+        return self._buffer[:length]

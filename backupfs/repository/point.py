@@ -28,7 +28,7 @@ from backupfs.repository.format import (
 from backupfs.repository.index import Index
 from backupfs.repository.layer import Layer
 from backupfs.repository.manifest import DiskEntry
-from backupfs.repository.payloads import Payloads, Run
+from backupfs.repository.payloads import Payloads, Run, Scratch
 from backupfs.units import MiB
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class LayerStore:
         self.chunk_size = chunk_size
         self.regions: RegionCache = LruCache(_REGION_CACHE)
         self.chunks: LruCache[tuple[int, int, int, int], bytes] = LruCache(chunk_cache)
+        self.scratch = Scratch()
         self._repository_id = repository_id
         # A quarter of the descriptors that the process may have; the mount raises its limit first.
         self.opened: LruCache[tuple[int, int], Payloads] = LruCache(min(_OPEN_LAYERS, os.sysconf("SC_OPEN_MAX") // 4))
@@ -169,6 +170,7 @@ class PointImage:
         """Return the pieces of a range that is in several chunks. What lies side by side in a layer is read at once."""
         pieces: list[Buffer | bytes] = []
         run: Run | None = None
+        memory = self._store.scratch.take(length)
         position, end = offset, offset + length
         while position < end:
             chunk_no, within = divmod(position, self._chunk_size)
@@ -181,19 +183,21 @@ class PointImage:
                 if packed == payloads.whole and (size == self._chunk_size or payloads.is_checked(at, xxh3)):
                     if run is None or not run.extend(payloads, at + within, size):
                         if run is not None:
-                            pieces.append(run.read())
+                            pieces.append(run.read(memory))
+                            memory = memory[len(pieces[-1]) :]
                         run = Run(payloads, at + within, size)
                     run.expect(at, xxh3)
                     continue
             if run is not None:
-                pieces.append(run.read())
+                pieces.append(run.read(memory))
+                memory = memory[len(pieces[-1]) :]
                 run = None
             if packed:
                 pieces.append(memoryview(self._chunk(payloads, seq, at, xxh3, packed))[within : within + size])
             else:
                 pieces.append(ZEROES[:size])
         if run is not None:
-            pieces.append(run.read())
+            pieces.append(run.read(memory))
         return pieces
 
     def _chunk(self, payloads: Payloads, seq: int, at: int, xxh3: int, packed: int) -> bytes:
