@@ -33,7 +33,10 @@ class Payloads:
 
     def is_checked(self, offset: int, xxh3: int) -> bool:
         """Whether the chunk that is stored as it is at `offset` was found to have this hash."""
-        return self._checked[offset // self.chunk_size] == xxh3 & 0xFFFFFFFF | 1
+        try:
+            return self._checked[offset // self.chunk_size] == xxh3 & 0xFFFFFFFF | 1
+        except IndexError:
+            return False  # the file was cut off before it
 
     def check(self, chunk: bytes | memoryview, offset: int, xxh3: int) -> None:
         """Compare a decoded chunk with its hash. Raises Corrupt."""
