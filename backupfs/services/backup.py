@@ -15,6 +15,7 @@ from backupfs.repository.repository import Repository
 from backupfs.repository.writer import ChainEnd
 from backupfs.services.ingest import DiskBackup, Progress
 from backupfs.sources import Source
+from backupfs.sources.given import GivenDisks
 from backupfs.sources.machine import Machine, Recorders, Track
 from backupfs.sources.pushed import Overlay, PushedSource
 
@@ -85,12 +86,23 @@ def backup(
         point.consistency, point.domain_xml = moment.consistency, moment.domain_xml
         for disk in disks:
             end, source, audit = ends[disk], moment.sources[disk], request.audit
-            # A machine's bitmap carries its point's id; what the user names is the user's word.
+            # A machine's bitmap carries its point's id, and it knows its images' formats; else it is the user's word.
             known_since = tracks[disk].recorder is not None and disk in moment.recorders
-            if isinstance(source, PushedSource) and not source.complete:
-                source, audit, known_since = _laid_over(request, source, end), 0, True
-            reason = tracks[disk].reason
-            taken = DiskBackup(disk, source, end, progress, known_since=known_since, audit=audit, new=reason)
+            probed = isinstance(machine, GivenDisks)
+            if isinstance(source, PushedSource):
+                probed = False
+                if not source.complete:
+                    source, audit, known_since = _laid_over(request, source, end), 0, True
+            taken = DiskBackup(
+                disk,
+                source,
+                end,
+                progress,
+                known_since=known_since,
+                probed=probed,
+                audit=audit,
+                new=tracks[disk].reason,
+            )
             taken.take(writer, point, request.chain, moment.recorders.get(disk))
         moment.check()
         parents = [end.point for end in ends.values() if end]

@@ -37,6 +37,7 @@ class DiskBackup:
         source: what is read.
         end: where its chain ends; None: a new chain begins.
         known_since: the source's bitmap is known to have recorded since that end; else it is the caller's word.
+        probed: the source's format was found out by looking at the image.
         audit: how many chunks that a bitmap calls clean are compared.
         new: why a chain begins, if one does.
     """
@@ -49,6 +50,7 @@ class DiskBackup:
         progress: Progress,
         *,
         known_since: bool,
+        probed: bool,
         audit: int,
         new: str,
     ) -> None:
@@ -57,6 +59,7 @@ class DiskBackup:
         self._end = end
         self._progress = progress
         self._known_since = known_since
+        self._probed = probed
         self._audited = audit
         self._new = new
         self._read_bytes = 0
@@ -76,7 +79,8 @@ class DiskBackup:
         """
         name, end, source = self._name, self._end, self._source
         chain = writer.next_chain(point.vm, name, chain_name) if end is None else end.entry.chain
-        self._check_format(writer.last_format(point.vm, name))
+        if self._probed:
+            self._check_format(writer.last_format(point.vm, name))
         target = point.add_disk(name, source.size, chain, end)
         self._chunk_size = target.layer.header.chunk_size
         read, reason = self._mode(target.layer.header.seq)

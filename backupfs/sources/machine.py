@@ -8,12 +8,13 @@ only when told that the point is published. In every other case the new one's re
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from backupfs.sources.source import Source
 
 PREFIX = "backupfs-"
+_POINT = re.compile(r"\d{8}T\d{6}Z(-|$)", re.ASCII)  # what no chain's name goes on with
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,24 +54,31 @@ class Recorders:
         repository: the repository's id.
         chain: its name, as the user knows it.
         point: the id of the point that is being taken.
+        disk: where each disk has a recorder of its own, its name, which is appended: two disks that changed places
+            must not take each other's for their own.
     """
 
     repository: str
     chain: str
     point: str
+    disk: str = ""
+
+    def of(self, disk: str) -> "Recorders":
+        """Return the names of a disk's own recorders."""
+        return replace(self, disk=disk)
 
     @property
     def new(self) -> str:
         """What records from this moment on."""
-        return f"{self._prefix}{self.point}"
+        return f"{self._prefix}{self.point}" + (f"-{self.disk}" if self.disk else "")
 
     @property
     def _prefix(self) -> str:
         return f"{PREFIX}{self.repository[:8]}-{self.chain}-"
 
     def owns(self, name: str) -> bool:
-        """Say whether a recorder is this chain's. Chains' names have dashes in them; points' ids have a fixed form."""
-        return name.startswith(self._prefix) and bool(re.fullmatch(r"\d{8}T\d{6}Z(-\d+)?", name[len(self._prefix) :]))
+        """Say whether a recorder is this chain's, of whichever disk. A chain's name may have dashes in it."""
+        return name.startswith(self._prefix) and bool(_POINT.match(name[len(self._prefix) :]))
 
 
 class Moment(Protocol):

@@ -24,6 +24,7 @@ _MAX_REQUEST = 32 * MiB  # what every server takes that does not say. Source: NB
 _NONSENSE = (0, errno.EINVAL, errno.EPROTO)  # libnbd's errno for replies that are none; a socket's are others
 # ... and what it says, with EINVAL, of a connection that was cut, and when a call comes after that.
 _HUNG_UP = ("disconnected", "invalid state", "not in a connected state", "no longer connected")
+_JOIN_S = 1.0  # for all connections but the first: a server may promise them and let them wait for ever
 _SLICE_S = 0.1  # how long the lock is held while waiting, so that close() from another thread gets it
 
 
@@ -111,8 +112,7 @@ class _Connection:
 class Wire:
     """All connections to one export.
 
-    The first is made at once; more join in as they get ready, since a server may promise them (multi-conn) and then
-    let them wait in its backlog for ever.
+    The first is made at once, the others at the first read.
 
     Args:
         uri: where to.
@@ -137,27 +137,24 @@ class Wire:
         self._lock = threading.Lock()
         self._failure: SourceError | None = None
         self._progress = 0.0  # when something came last, on time.monotonic's clock; whichever thread saw it
-        self._joining: list[_Connection] = []
         self._ready: list[_Connection] = []
+        self._wide = False
         try:
             first = _Connection(uri, contexts)
         except nbd.Error as e:
             raise ConnectError(f"{name}: can't connect: {_reason(e)}") from e
-        self._handshake(first)
+        self._handshake(first, time.monotonic() + timeout_s)
         self._ready.append(first)
         self.size = _export_size(first.handle, name)
         self.unit = int(first.handle.get_block_size(nbd.SIZE_MINIMUM)) or 1
         self.maximum = int(first.handle.get_block_size(nbd.SIZE_MAXIMUM)) or _MAX_REQUEST
-        if first.handle.can_multi_conn():
-            self._widen()
 
     def offers(self, context: str) -> bool:
         """Say whether the server answers block status for a metadata context that was asked for."""
         return bool(self._ready[0].handle.can_meta_context(context))
 
-    def _handshake(self, connection: _Connection) -> None:
+    def _handshake(self, connection: _Connection, deadline: float) -> None:
         poller = select.poll()
-        deadline = time.monotonic() + self._timeout_s
         handle = connection.handle
         while not handle.aio_is_ready():
             left_s = deadline - time.monotonic()
@@ -173,16 +170,31 @@ class Wire:
                 raise ConnectError(f"{self._name}: can't connect: {_reason(e)}") from e
 
     def _widen(self) -> None:
+        """Connect more often, if the server promises that this works (multi-conn), at the first read.
+
+        Only those that get ready soon count. None is left half-way: QEMU (7.2) hangs, and its guest with it, when its
+        server is stopped while a client has not finished its handshake.
+        """
+        self._wide = True
+        if not self._ready[0].handle.can_multi_conn():
+            return
+        deadline = time.monotonic() + _JOIN_S
         for _ in range(_CONNECTIONS - 1):
             try:
-                self._joining.append(_Connection(self._uri, ()))
-            except nbd.Error:
+                connection = _Connection(self._uri, ())
+                self._handshake(connection, deadline)
+                if connection.handle.get_size() != self.size:
+                    return
+            except (nbd.Error, ConnectError):
                 return
+            self._ready.append(connection)
 
     def ask_read(self, request: Request) -> None:
         """Send a read of `request.data`'s length to the connection that has least to do."""
         with self._lock:
             self._check()
+            if not self._wide:
+                self._widen()
             connection = min(self._ready, key=lambda c: c.load)
             try:
                 # The memory itself: libnbd 1.14 never lets go of what it is given inside an nbd.Buffer.
@@ -231,11 +243,9 @@ class Wire:
         """
         with self._lock:
             self._check()
-            connections = (*self._ready, *self._joining)
-            if any(c.handle.aio_is_dead() or c.handle.aio_is_closed() for c in connections):
+            if any(c.handle.aio_is_dead() or c.handle.aio_is_closed() for c in self._ready):
                 self._step()
-                connections = (*self._ready, *self._joining)
-            return {c.handle.aio_get_fd(): _events(c.handle) for c in connections}
+            return {c.handle.aio_get_fd(): _events(c.handle) for c in self._ready}
 
     def turn(self) -> None:
         """Do what there is to do on a descriptor of `events`. Raises SourceError when a connection is lost."""
@@ -245,9 +255,8 @@ class Wire:
 
     def _step(self) -> bool:
         """Poll once. Returns whether a connection with something in flight got on."""
-        self._welcome()
         try:
-            connections = {c.handle.aio_get_fd(): c for c in (*self._ready, *self._joining)}
+            connections = {c.handle.aio_get_fd(): c for c in self._ready}
         except nbd.Error as e:  # a connection died while a request was sent
             raise self._fail(e) from e
         poller = select.poll()
@@ -261,16 +270,8 @@ class Wire:
                 progress = progress or bool(connection.requests)
                 connection.collect()
             except nbd.Error as e:
-                if connection in self._ready:
-                    raise self._fail(e) from e
-                self._joining.remove(connection)
+                raise self._fail(e) from e
         return progress
-
-    def _welcome(self) -> None:
-        for connection in [c for c in self._joining if c.handle.aio_is_ready()]:
-            self._joining.remove(connection)
-            if connection.handle.get_size() == self.size:
-                self._ready.append(connection)
 
     def _check(self) -> None:
         if self._failure is not None:
@@ -286,7 +287,7 @@ class Wire:
 
     def _drop(self, failure: SourceError) -> None:
         self._failure = self._failure or failure
-        self._ready, self._joining = [], []
+        self._ready = []
 
     def close(self) -> None:
         """Say good-bye without waiting for an answer."""

@@ -87,7 +87,7 @@ class QmpMachine:
         images = {blocks.image(device).name for device in blocks.devices}
         elsewhere = [node for name, node in blocks.nodes.items() if name not in images]
         return {
-            device.name: recording.problem(image, recorders, tracks[device.name], elsewhere, held=held)
+            device.name: recording.problem(image, recorders.of(device.name), tracks[device.name], elsewhere, held=held)
             for device, image in self._images(blocks, tracks)
         }
 
@@ -182,9 +182,11 @@ class QmpMachine:
         for device, image in self._images(blocks, tracks):
             old = tracks[device.name].recorder
             if old is not None and not problems[device.name]:
-                parts[device.name] = recording.fold(image, recorders, old, keep=recording.is_full(image))
+                parts[device.name] = recording.fold(
+                    image, recorders.of(device.name), old, keep=recording.is_full(image)
+                )
             else:  # nobody knows of one that has this point's name
-                parts[device.name] = recording.remove(image, [recorders.new])
+                parts[device.name] = recording.remove(image, [recorders.of(device.name).new])
         for name, reason in submit(self._monitor, parts).items():
             problems[name] = problems[name] or f"the bitmaps of a broken off backup can't be put together: {reason}"
         return problems

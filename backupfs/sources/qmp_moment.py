@@ -49,7 +49,7 @@ class QmpMoment:
     ) -> None:
         self._sources: dict[str, Source] = {}
         self.sources: Mapping[str, Source] = self._sources
-        self.recorders: Mapping[str, str] = {d.device.name: recorders.new for d in disks if recorders}
+        self.recorders: Mapping[str, str] = {d.device.name: recorders.of(d.device.name).new for d in disks if recorders}
         self._monitor = monitor
         self._disks = disks
         self._names = recorders
@@ -85,8 +85,12 @@ class QmpMoment:
             self._folder.create_image(disk.number, disk.node.size, uid, self._timeout_s)
         self._session = Session(self._monitor, self._folder, self._disks, method)
         self._session.prepare()
-        names = self._names
-        self._session.freeze({d.device.name: recording.rotate(d.node, names, d.old) for d in self._disks if names})
+        turns = {}
+        if self._names is not None:
+            for disk in self._disks:
+                own = self._names.of(disk.device.name)
+                turns[disk.device.name] = recording.rotate(disk.node, own, disk.old)
+        self._session.freeze(turns)
         self._watch = threading.Thread(target=self._watch_space, args=(self._folder,), name="scratch", daemon=True)
         self._watch.start()
         for disk in self._disks:
@@ -167,14 +171,15 @@ class QmpMoment:
             node = nodes.get(disk.node.name)
             if node is None:
                 continue
+            own = names.of(disk.device.name)
             full = recording.is_full(node)
             old = node.bitmaps.get(disk.old) if disk.old else None
             if self._published:
-                parts[disk.device.name] = [] if full else recording.retire(node, names)
+                parts[disk.device.name] = [] if full else recording.retire(node, own)
             elif old is not None and old.usable:
-                parts[disk.device.name] = recording.fold(node, names, old.name, keep=full)
+                parts[disk.device.name] = recording.fold(node, own, old.name, keep=full)
             else:
-                parts[disk.device.name] = recording.remove(node, [names.new])
+                parts[disk.device.name] = recording.remove(node, [own.new])
         for name, reason in submit(self._monitor, parts).items():
             log.warning("%s: the bitmaps of disk %s stay as they are: %s", self._monitor.path, name, reason)
 
