@@ -145,6 +145,11 @@ class Domain:
                 return None
             raise ConnectError(f"domain {self.name}: can't {what}: {e}") from e
 
+    def qemu_version(self) -> tuple[int, int]:
+        """Return QEMU's major and minor version."""
+        version = int(self._ask("ask for QEMU's version", self._connection.getVersion))
+        return version // 1_000_000, version // 1000 % 1000
+
     def is_active(self) -> bool:
         """Whether it runs, or is paused. One that is gone does not."""
         code = self._libvirt.VIR_ERR_NO_DOMAIN

@@ -49,6 +49,7 @@ class RunningDomain:
         self._freeze = freeze
         self._scratch = scratch
         self._timeout_s = timeout_s
+        self._io_thread = {disk.name: disk.io_thread for disk in disks}
         self._checkpoints = Checkpoints(domain, disks, timeout_s)
         self.disks = [MachineDisk(d.name, domain.disk_size(d.name), d.description) for d in disks]
 
@@ -109,6 +110,12 @@ class RunningDomain:
     def _refuse_if_busy(self, disks: Iterable[str]) -> None:
         """Refuse while something goes on that a backup can't go with; another program's backup, for one."""
         domain = self._domain
+        threaded = [disk for disk in disks if self._io_thread[disk]]
+        if threaded and domain.qemu_version() < (9, 0):
+            raise ConnectError(
+                f"domain {domain.name}: {', '.join(threaded)} runs in an I/O thread; QEMU before 9.0 crashes when a "
+                "backup of such a disk ends: nothing was done. Leave the disk out with --disk, or its device's iothread"
+            )
         problem = domain.job()
         if problem:
             raise ConnectError(f"domain {domain.name}: {problem}: try again when that is over")

@@ -199,6 +199,21 @@ def test_a_disk_that_is_passed_through(web: Web) -> None:
         assert [disk.name for disk in machine.disks] == ["vda"]
 
 
+def test_a_disk_in_an_io_thread(web: Web) -> None:
+    """QEMU before 9.0 aborts, with its guest, when the backup's reader leaves."""
+    description = web.daemon.define("web", web.disks).XMLDesc(0)
+    threaded = description.replace("<vcpu", "<iothreads>1</iothreads><vcpu").replace(
+        "<driver name='qemu' type='qcow2'", "<driver name='qemu' type='qcow2' iothread='1'", 1
+    )
+    assert threaded.count("iothread=") == 1
+    web.domain = web.daemon.connection.defineXML(threaded)
+    web.domain.create()
+    if web.daemon.connection.getVersion() < 9_000_000:
+        with closing(web.open()) as machine, pytest.raises(ConnectError, match="vda runs in an I/O thread"):
+            machine.plan(Recorders("0" * 32, "main", "20260101T000000Z"), {"vda": Track(None, "")})
+    assert web.domain.isActive()
+
+
 def test_only_raw_disks(web: Web) -> None:
     raw = Disk("vda", web.scratch.parent / "a.raw", "raw")
     web.disks = [raw]
