@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from backupfs import __version__
-from backupfs.cli import keep, look, mounts, take
+from backupfs.cli import keep, look, mounts, restore, take
 from backupfs.cli.options import repository_option, set_repository
 from backupfs.errors import INTERRUPTED, BackupfsError
 
@@ -17,6 +17,7 @@ _SECTIONS = {
     "Take backups": [take.init, take.backup],
     "Look": [look.points, look.show, look.map_],
     "Mount": [mounts.mount, mounts.umount],
+    "Get back": [restore.restore],
     "Repair": [keep.reindex],
 }
 

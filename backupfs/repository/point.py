@@ -113,6 +113,11 @@ class PointImage:
         base = store.layer(chain, 0)
         self.map = ChunkMap(store.index, chain.no, entry.seq, base, store.regions)
 
+    @property
+    def chunk_size(self) -> int:
+        """Bytes of a chunk."""
+        return self._chunk_size
+
     def readinto(self, offset: int, buffer: Buffer) -> None:
         check_range(self, offset, len(buffer))
         view = memoryview(buffer)

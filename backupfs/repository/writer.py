@@ -336,7 +336,7 @@ class PointWriter:
             for entry, temporary in self._entries:
                 path = layer_path(self._root, self.vm, entry.name, entry.chain, entry.seq)
                 _make_folders(self._root, os.path.dirname(path))
-                _rename_new(temporary, path)
+                rename_new(temporary, path)
                 fsync_folder(os.path.dirname(path))
             _make_folders(self._root, self._points)
             manifest = Manifest(
@@ -356,7 +356,7 @@ class PointWriter:
             data = seal(manifest)
             temporary = os.path.join(self._root, "tmp", f"{secrets.token_hex(16)}.json")
             write_new(temporary, data)
-            _rename_new(temporary, os.path.join(self._points, f"{manifest.id}.json"))
+            rename_new(temporary, os.path.join(self._points, f"{manifest.id}.json"))
             published = True
             fsync_folder(self._points)
         except OSError as e:
@@ -391,7 +391,7 @@ def write_new(path: str, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _rename_new(temporary: str, path: str) -> None:
+def rename_new(temporary: str, path: str) -> None:
     """Rename without replacing. A hard link does both at once; where there are none, the writer lock has to do."""
     try:
         os.link(temporary, path)

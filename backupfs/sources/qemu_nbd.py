@@ -64,7 +64,7 @@ def open_image(path: str, bitmap: str | None, timeout_s: float) -> FileSource:
         info = _image_info(path, full, timeout_s)
         problem = None if bitmap is None else _bitmap_problem(info, bitmap)
         used = None if problem else bitmap
-        with _listening() as (listener, address):
+        with listening() as (listener, address):
             child = Child(_command(full, info["format"], used), listener)
             undo.callback(child.stop)
             try:
@@ -170,7 +170,7 @@ def _command(full: str, image_format: str, bitmap: str | None) -> list[str]:
 
 
 @contextmanager
-def _listening() -> Iterator[tuple[socket.socket, str]]:
+def listening() -> Iterator[tuple[socket.socket, str]]:
     """Yield a listening UNIX socket that only this user can connect to, and its path; remove the path at the end."""
     folder = tempfile.mkdtemp(prefix="backupfs-")
     if len(os.fsencode(folder)) + 5 > _PATH_LIMIT:
