@@ -18,6 +18,7 @@ _SECTIONS = {
     "Look": [look.points, look.show, look.map_],
     "Mount": [mounts.mount, mounts.umount],
     "Get back": [restore.restore],
+    "Keep": [keep.delete, keep.prune, keep.gc],
     "Repair": [keep.reindex],
 }
 

@@ -276,10 +276,10 @@ class PointWriter:
         os.unlink(writer.layer.path)
 
     def _next_seq(self, disk: str, chain: str, last: int) -> int:
-        """Return a number that was never used in the chain: a layer that a crash left behind keeps its own."""
+        """Return a number that was never used in the chain: layers of a crash and of deleted points keep their own."""
         folder = os.path.dirname(layer_path(self._root, self.vm, disk, chain, 0))
-        used = [int(name[:-6]) for name in os.listdir(folder) if name.endswith(".layer") and name[:-6].isdecimal()]
-        return max(last, *used) + 1
+        used = (names.layer_seq(name) for name in os.listdir(folder))
+        return max(last, *(seq for seq in used if seq is not None)) + 1
 
     def finish_disk(
         self,
