@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from backupfs import __version__
-from backupfs.cli import keep, look, mounts, restore, take
+from backupfs.cli import check, keep, look, mounts, restore, take
 from backupfs.cli.options import repository_option, set_repository
 from backupfs.errors import INTERRUPTED, BackupfsError
 
@@ -19,6 +19,7 @@ _SECTIONS = {
     "Mount": [mounts.mount, mounts.umount],
     "Get back": [restore.restore],
     "Keep": [keep.delete, keep.prune, keep.gc],
+    "Check": [check.verify],
     "Repair": [keep.reindex],
 }
 

@@ -15,6 +15,11 @@ def print_json(document: Any) -> None:
     click.echo(json.dumps(document, ensure_ascii=False, indent=2))
 
 
+def tell(message: str) -> None:
+    """Say something to whoever waits."""
+    click.echo(f"backupfs: {message}", err=True)
+
+
 def print_table(rows: list[tuple[str, ...]]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from backupfs.cli.options import json_option, open_repository, pairs, repository_option, repository_path
-from backupfs.cli.output import print_json, print_table, progress_bars
+from backupfs.cli.output import print_json, print_table, progress_bars, tell
 from backupfs.repository import codec, names
 from backupfs.repository.format import DEFAULT_CHUNK
 from backupfs.repository.repository import Repository
@@ -135,7 +135,7 @@ def backup(
             _print_plan(service.plan(repository, request), as_json)
         return
     with open_repository() as repository, progress_bars() as progress:
-        manifest = service.backup(repository, request, progress, None if no_wait else _tell)
+        manifest = service.backup(repository, request, progress, None if no_wait else tell)
     if as_json:
         print_json(listing.point_summary(manifest))
         return
@@ -143,10 +143,6 @@ def backup(
     for d in manifest.disks:
         stored = f"{format_size(d.data_bytes)} of data, {format_size(d.stored_bytes)} stored"
         click.echo(f"  {d.name}: {d.kind}, {stored}, read {d.read}" + (f" ({d.reason})" if d.reason else ""))
-
-
-def _tell(message: str) -> None:
-    click.echo(f"backupfs: {message}", err=True)
 
 
 def _print_plan(plan: "list[PlannedDisk]", as_json: bool) -> None:
