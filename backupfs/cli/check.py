@@ -6,13 +6,14 @@ from typing import Any
 import click
 
 from backupfs.cli.options import json_option, open_repository, repository_option
-from backupfs.cli.output import print_json, progress_bars, tell
+from backupfs.cli.output import print_json, print_table, progress_bars, tell
 from backupfs.errors import Corrupt, UsageError
 from backupfs.repository import names
 from backupfs.services import points as listing
+from backupfs.services import status as state
 from backupfs.services.verify import Damage, Report
 from backupfs.services.verify import verify as verify_repository
-from backupfs.units import format_size
+from backupfs.units import format_size, parse_duration
 
 _SHOWN = 50  # ranges, in text
 
@@ -65,10 +66,13 @@ def verify(what: str | None, sample: float, repair: bool, sources: tuple[str, ..
         elif what is not None:
             vm = names.check_name(what, "VM")
         report = verify_repository(repository, vm, point, sample, progress)
-        if repair:
-            from backupfs.services import repair as service  # noqa: PLC0415, libnbd is not needed without it
+        try:
+            if repair:
+                from backupfs.services import repair as service  # noqa: PLC0415, libnbd is not needed without it
 
-            service.repair(repository, report, [_source(s) for s in sources], tell)
+                service.repair(repository, report, [_source(s) for s in sources], tell)
+        finally:
+            state.keep_verification(repository, [vm] if vm else repository.vms(), point, report)
         damage = list(report.all_damage(repository.settings.chunk_size))
     _print(report, damage, as_json)
     left = [d for d in damage if d.repaired is None]
@@ -110,3 +114,39 @@ def _print(report: Report, damage: list[Damage], as_json: bool) -> None:
         click.echo(f"  in {d.file} at {d.file_offset}; seen by {', '.join(d.points) or 'no point'}")
     if len(damage) > _SHOWN:
         click.echo(f"… and {len(damage) - _SHOWN} more; --json shows all")
+
+
+@click.command(
+    epilog="Example: backupfs status --max-age 26h --metrics /var/lib/prometheus/node-exporter/backupfs.prom"
+)
+@repository_option
+@click.option("--max-age", metavar="TIME", help="A VM's newest point must not be older: 26h, 2d, 1w.")
+@click.option("--metrics", metavar="FILE", help="Also write a text file for Prometheus.")
+@json_option
+def status(max_age: str | None, metrics: str | None, as_json: bool) -> None:
+    """Tell how things stand: newest points, last results, free space, known damage. Exits with 1 if something is wrong.
+
+    It reads no layers; what `verify` found last is what it knows of damage.
+    """
+    with open_repository() as repository:
+        found = state.status(repository, parse_duration(max_age) if max_age is not None else None)
+    if metrics is not None:
+        state.write_metrics(found, metrics)
+    if as_json:
+        print_json(found.as_json())
+    else:
+        _print_status(found)
+    if found.problems:
+        raise SystemExit(1)
+
+
+def _print_status(found: state.Status) -> None:
+    rows: list[tuple[str, ...]] = [("VM", "NEWEST", "AGE", "POINTS", "DAMAGED")]
+    rows += [(v.vm, v.newest, f"{v.age_s / 3600:.1f} h", str(v.points), str(v.damaged)) for v in found.vms]
+    print_table(rows)
+    for r in found.results:
+        name = f"{r.what} {r.vm}" if r.vm else r.what
+        click.echo(f"{name}: {'good' if r.ok else 'FAILED'}, {r.finished}, {r.seconds:.0f} s")
+    click.echo(f"{format_size(found.free_bytes)} of {format_size(found.size_bytes)} free")
+    for problem in found.problems:
+        click.echo(f"WRONG: {problem}")

@@ -1,12 +1,13 @@
 """Commands that keep a repository in order."""
 
+import contextlib
 import dataclasses
 
 import click
 
 from backupfs.cli.options import json_option, open_repository, repository_option
-from backupfs.cli.output import print_json, print_table
-from backupfs.repository import names
+from backupfs.cli.output import print_json, print_table, tell
+from backupfs.repository import names, results
 from backupfs.services import gc as collecting
 from backupfs.services import points as listing
 from backupfs.services import prune as pruning
@@ -18,10 +19,6 @@ no_wait_option = click.option(
 )
 
 
-def _tell(message: str) -> None:
-    click.echo(f"backupfs: {message}", err=True)
-
-
 @click.command(epilog="Example: backupfs delete web01/20261122T200000Z")
 @repository_option
 @click.argument("points", nargs=-1, required=True, metavar="VM/POINT…")
@@ -30,7 +27,7 @@ def delete(points: tuple[str, ...], no_wait: bool) -> None:
     """Delete points, any of a chain. Space comes back by `gc`; mounts that have one open read on."""
     with open_repository() as repository:
         wanted = [listing.parse_point(repository, text) for text in points]
-        for vm, point in pruning.delete(repository, wanted, None if no_wait else _tell):
+        for vm, point in pruning.delete(repository, wanted, None if no_wait else tell):
             click.echo(f"{vm}/{point} deleted")
 
 
@@ -75,7 +72,7 @@ def prune(
     )
     checked = names.check_name(vm, "VM") if vm else None
     with open_repository() as repository:
-        verdicts = pruning.prune(repository, checked, rules, dry_run=dry_run, waiting=None if no_wait else _tell)
+        verdicts = pruning.prune(repository, checked, rules, dry_run=dry_run, waiting=None if no_wait else tell)
     if as_json:
         print_json([{"vm": v.vm, "id": v.id, "kept": bool(v.rules), "rules": v.rules} for v in verdicts])
         return
@@ -92,7 +89,10 @@ def prune(
 def gc(dry_run: bool, no_wait: bool, as_json: bool) -> None:
     """Give back the space of what no point needs any more. Mounts go on, also those of deleted points."""
     with open_repository() as repository:
-        report = collecting.gc(repository, dry_run=dry_run, waiting=None if no_wait else _tell)
+        with contextlib.nullcontext() if dry_run else results.recording(repository.path, "gc") as result:
+            report = collecting.gc(repository, dry_run=dry_run, waiting=None if no_wait else tell)
+            if result:
+                result.facts["freed"] = report.freed
     if as_json:
         print_json({**dataclasses.asdict(report), "dry_run": dry_run})
         return

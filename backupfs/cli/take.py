@@ -7,7 +7,7 @@ import click
 
 from backupfs.cli.options import json_option, open_repository, pairs, repository_option, repository_path
 from backupfs.cli.output import print_json, print_table, progress_bars, tell
-from backupfs.repository import codec, names
+from backupfs.repository import codec, names, results
 from backupfs.repository.format import DEFAULT_CHUNK
 from backupfs.repository.repository import Repository
 from backupfs.services import points as listing
@@ -134,8 +134,13 @@ def backup(
         with open_repository() as repository:
             _print_plan(service.plan(repository, request), as_json)
         return
-    with open_repository() as repository, progress_bars() as progress:
+    with (
+        open_repository() as repository,
+        results.recording(repository.path, "backup", request.vm) as result,
+        progress_bars() as progress,
+    ):
         manifest = service.backup(repository, request, progress, None if no_wait else tell)
+        result.facts["point"] = manifest.id
     if as_json:
         print_json(listing.point_summary(manifest))
         return
