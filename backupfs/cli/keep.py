@@ -88,11 +88,13 @@ def prune(
 @json_option
 def gc(dry_run: bool, no_wait: bool, as_json: bool) -> None:
     """Give back the space of what no point needs any more. Mounts go on, also those of deleted points."""
-    with open_repository() as repository:
-        with contextlib.nullcontext() if dry_run else results.recording(repository.path, "gc") as result:
-            report = collecting.gc(repository, dry_run=dry_run, waiting=None if no_wait else tell)
-            if result:
-                result.facts["freed"] = report.freed
+    with (
+        open_repository() as repository,
+        contextlib.nullcontext() if dry_run else results.recording(repository.path, "gc") as result,
+    ):
+        report = collecting.gc(repository, dry_run=dry_run, waiting=None if no_wait else tell)
+        if result:
+            result.facts["freed"] = report.freed
     if as_json:
         print_json({**dataclasses.asdict(report), "dry_run": dry_run})
         return

@@ -1,5 +1,6 @@
 """Commands that show what there is."""
 
+import contextlib
 import json
 
 import click
@@ -30,8 +31,11 @@ def points(vm: str | None, freed: bool, as_json: bool) -> None:
                 manifests.append(manifest)
         except Corrupt as e:
             damaged = e
-        for name in dict.fromkeys(m.vm for m in manifests) if sizes is not None else ():
-            sizes |= {(name, point): size for point, size in freed_by_deleting(repository, name).items()}
+        if sizes is not None:
+            for name in dict.fromkeys(m.vm for m in manifests):
+                with contextlib.suppress(RepositoryError):  # something is damaged or missing: verify says what
+                    found = freed_by_deleting(repository, name)
+                    sizes.update(((name, point), size) for point, size in found.items())
     _print_points(manifests, sizes, as_json)
     if damaged:
         raise damaged  # after what can be listed
@@ -49,7 +53,8 @@ def _print_points(manifests: list[Manifest], freed: dict[tuple[str, str], int] |
             sizes: tuple[str, ...] = (format_size(d.data_bytes), format_size(d.stored_bytes))
             tags = " ".join([*m.tags, *(["pinned"] if m.pinned else [])])
             if freed is not None:  # of the point, so beside its first disk
-                sizes += (format_size(freed.get((m.vm, m.id), 0)) if d is m.disks[0] else "",)
+                size = freed.get((m.vm, m.id))
+                sizes += ("" if d is not m.disks[0] else "unknown" if size is None else format_size(size),)
             rows.append((m.vm, m.id, d.name, format_size(d.size), d.kind, f"{d.chain}/{d.seq}", d.read, *sizes, tags))
     print_table(rows)
 
