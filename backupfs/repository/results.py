@@ -90,14 +90,17 @@ def _finish(root: str, result: Result, began: datetime) -> None:
     store(root, result)
 
 
-def load(root: str) -> list[Result]:
-    """Return all results, in order of name; a damaged file is logged and passed over."""
+def load(root: str) -> tuple[list[Result], list[str]]:
+    """Return all results, in order of name, and what is wrong with files that can't be read."""
     folder = os.path.join(root, STATUS)
-    found = []
+    found: list[Result] = []
+    problems: list[str] = []
     try:
         files = sorted(os.listdir(folder))
-    except OSError:
-        return []
+    except FileNotFoundError:
+        return found, problems
+    except OSError as e:
+        return found, [f"{folder}: {e.strerror}"]
     for name in files:
         if name.startswith(".") or not name.endswith(".json"):
             continue
@@ -106,5 +109,5 @@ def load(root: str) -> list[Result]:
             with open(path, "rb") as file:
                 found.append(open_sealed(file.read(), path, Result))
         except (OSError, BackupfsError) as e:
-            log.warning("%s: passed over: %s", path, e)
-    return found
+            problems.append(f"{e}; the next {name.partition('-')[0].removesuffix('.json')} writes it anew")
+    return found, problems

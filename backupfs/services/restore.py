@@ -217,12 +217,12 @@ def _looks_like_qcow2(path: str) -> bool:
 def _to_new_file(request: RestoreRequest, path: str, image: PointImage, done: Restored, progress: Progress) -> None:
     partial = path + PARTIAL
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_telling(partial))
         if request.format == "qcow2":
             target, done.resumed = _open_new_qcow2(partial, image.size)
         else:
             target, done.resumed = _open_new_raw(partial, image.size)
         stack.callback(target.close)
-        stack.enter_context(_telling(partial))
         _Copy(image, target, done, progress, compare=done.resumed, blank=not done.resumed).run()
         _check_partial(partial)
         try:

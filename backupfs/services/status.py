@@ -62,7 +62,7 @@ def status(repository: Repository, max_age: timedelta | None) -> Status:
     Raises:
         NotFound, RepositoryError: there is no repository, or it can't be read.
     """
-    found = results.load(repository.path)
+    found, unreadable = results.load(repository.path)
     now = datetime.now(UTC)
     vms = [_vm(repository, vm, now, max_age, found) for vm in repository.vms()]
     try:
@@ -72,6 +72,7 @@ def status(repository: Repository, max_age: timedelta | None) -> Status:
     free = space.f_bavail * space.f_frsize
     problems = [f"{v.vm}: {problem}" for v in vms for problem in v.problems]
     problems += [f"{r.what}: {_outcome(r)}" for r in found if not r.ok and r.vm is None]
+    problems += unreadable
     seen = {v.vm for v in vms}
     problems += [f"{r.vm}: {r.what}: {_outcome(r)}" for r in found if not r.ok and r.vm and r.vm not in seen]
     if free < _LEAST_FREE:
@@ -121,7 +122,7 @@ def keep_verification(repository: Repository, vms: list[str], point: str | None,
     What is known to be damaged stays known until all of the VM was read and it was not found any more.
     """
     found = list(report.all_damage(repository.settings.chunk_size))
-    before = {r.vm: r for r in results.load(repository.path) if r.what == "verify"}
+    before = {r.vm: r for r in results.load(repository.path)[0] if r.what == "verify"}
     complete = report.sample == 1 and point is None
     for vm in vms:
         damage = [_plain(d) for d in found if d.vm == vm and d.repaired is None]
