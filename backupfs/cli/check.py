@@ -11,7 +11,7 @@ from backupfs.errors import Corrupt, UsageError
 from backupfs.repository import names
 from backupfs.services import points as listing
 from backupfs.services import status as state
-from backupfs.services.verify import Damage, Report
+from backupfs.services.damage import Damage, Report
 from backupfs.services.verify import verify as verify_repository
 from backupfs.units import format_size, parse_duration
 

@@ -13,7 +13,7 @@ from backupfs.repository.layer import Layer
 from backupfs.repository.mend import check_chunk, identity, mend, rows_like
 from backupfs.repository.point import disk_folder
 from backupfs.repository.repository import Repository
-from backupfs.services.verify import BadRows, Report
+from backupfs.services.damage import BadRows, Report
 from backupfs.sources import open_source
 
 _AT_ONCE = 1 << 16  # chunks that are looked for at a time

@@ -13,7 +13,7 @@ from backupfs.errors import BackupfsError, RepositoryError, UsageError
 from backupfs.repository import results
 from backupfs.repository.repository import Repository
 from backupfs.repository.results import Result
-from backupfs.services.verify import Damage, Report
+from backupfs.services.damage import Damage, Report
 from backupfs.units import parse_time
 
 _KEPT = 1000  # ranges of damage that are remembered of a VM

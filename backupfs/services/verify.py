@@ -14,11 +14,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import blake3
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from backupfs.errors import Corrupt, NotFound, RepositoryError
@@ -31,6 +29,7 @@ from backupfs.repository.mend import check_chunk
 from backupfs.repository.point import Chain, layer_path
 from backupfs.repository.repository import Repository
 from backupfs.repository.visible import Lineage, Pass, Visible, lineages, spans
+from backupfs.services.damage import BadRows, Damage, Report
 from backupfs.units import KiB, MiB
 
 log = logging.getLogger(__name__)
@@ -43,72 +42,6 @@ _HASHED = 4 * MiB
 
 # (vm/disk, bytes of its layers dealt with, of how many, bytes read): called from the calling thread, often.
 Progress = Callable[[str, int, int, int], None]
-
-
-@dataclass(slots=True, kw_only=True)
-class Damage:
-    """Something that is not as it was written.
-
-    Attributes:
-        kind: manifest, layer (missing, or not what it should be), table (header, table or trailer), index, chunk.
-        points: those of the VM that it touches.
-        disk, offset, length: the range of the disk that these points can't read; None where that can't be told, or
-            where it is all of the disk.
-        file, file_offset: where the damage lies.
-        repaired: where the right bytes came from; None: it is there still.
-    """
-
-    kind: str
-    vm: str
-    points: list[str]
-    disk: str | None = None
-    offset: int | None = None
-    length: int | None = None
-    file: str
-    file_offset: int = 0
-    what: str
-    repaired: str | None = None
-
-
-@dataclass(slots=True)
-class BadRows:
-    """Damaged chunks of one layer, in order of chunk number.
-
-    Attributes:
-        first, last: which of `points` see each chunk.
-        points: in order, each with the disk's size.
-        repaired: by row, where the right bytes came from.
-    """
-
-    vm: str
-    disk: str
-    layer: Layer
-    rows: Rows
-    first: int
-    last: npt.NDArray[np.intp]
-    points: list[tuple[str, int]]
-    what: list[str]
-    repaired: list[str | None]
-
-
-@dataclass(slots=True)
-class Report:
-    """What a verification found. `sample`: the share of the chunks that was read, 1 for all."""
-
-    sample: float
-    points: int = 0
-    layers: int = 0
-    chunks: int = 0
-    stored_bytes: int = 0
-    seconds: float = 0.0
-    damage: list[Damage] = field(default_factory=list)
-    bad: list[BadRows] = field(default_factory=list)
-
-    def all_damage(self, chunk_size: int) -> Iterator[Damage]:
-        """Yield all damage; of chunks as ranges."""
-        yield from self.damage
-        for bad in self.bad:
-            yield from _ranges(bad, chunk_size)
 
 
 def verify(repository: Repository, vm: str | None, point: str | None, sample: float, progress: Progress) -> Report:
@@ -409,37 +342,3 @@ def _decoded(payload: memoryview, codec_id: int, chunk_size: int) -> bytes | mem
         return codec.decompress(payload, chunk_size) if codec_id == codec.ZSTD else None
     except ValueError:
         return None
-
-
-def _ranges(bad: BadRows, chunk_size: int) -> Iterator[Damage]:
-    """Yield damaged chunks as ranges of the disk: neighbours that hurt the same points, in the same way."""
-    held: Damage | None = None
-    facts = zip(bad.rows["chunk_no"].tolist(), bad.rows["offset"].tolist(), bad.last.tolist(), strict=True)
-    for i, (number, file_offset, last) in enumerate(facts):
-        seen_by = bad.points[bad.first : last]
-        offset = number * chunk_size
-        length = min(chunk_size, max(size for _, size in seen_by) - offset)
-        points = [point for point, _ in seen_by]
-        if (
-            held
-            and (held.offset or 0) + (held.length or 0) == offset
-            and (held.points, held.what, held.repaired) == (points, bad.what[i], bad.repaired[i])
-        ):
-            held.length = (held.length or 0) + length
-            continue
-        if held:
-            yield held
-        held = Damage(
-            kind="chunk",
-            vm=bad.vm,
-            points=points,
-            disk=bad.disk,
-            offset=offset,
-            length=length,
-            file=bad.layer.path,
-            file_offset=file_offset,
-            what=bad.what[i],
-            repaired=bad.repaired[i],
-        )
-    if held:
-        yield held

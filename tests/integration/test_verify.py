@@ -14,8 +14,9 @@ from backupfs.errors import BackupfsError, Corrupt
 from backupfs.extents import Extent
 from backupfs.repository.layer import Layer
 from backupfs.repository.repository import Repository
+from backupfs.services.damage import Damage, Report
 from backupfs.services.repair import repair
-from backupfs.services.verify import Damage, Report, verify
+from backupfs.services.verify import verify
 from backupfs.units import KiB
 
 CHUNK = 4 * KiB
