@@ -1,7 +1,7 @@
 """Commands that tell whether all is well."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,10 +10,11 @@ from backupfs.cli.output import print_json, print_table, progress_bars, tell
 from backupfs.errors import Corrupt, UsageError
 from backupfs.repository import names
 from backupfs.services import points as listing
-from backupfs.services import status as state
-from backupfs.services.damage import Damage, Report
-from backupfs.services.verify import verify as verify_repository
 from backupfs.units import format_size, parse_duration
+
+if TYPE_CHECKING:
+    from backupfs.services.damage import Damage, Report
+    from backupfs.services.status import Status
 
 _SHOWN = 50  # ranges, in text
 
@@ -57,6 +58,10 @@ def verify(what: str | None, sample: float, repair: bool, sources: tuple[str, ..
     Every layer's header, table and trailer, every manifest and the index are checked, and each stored chunk that a
     point sees is read once. Exits with 20 when something is damaged and was not repaired.
     """
+    from backupfs.services import repair as repairing  # noqa: PLC0415, libnbd is not needed for the other commands
+    from backupfs.services import status as state  # noqa: PLC0415, as above
+    from backupfs.services import verify as service  # noqa: PLC0415, as above
+
     if sources and not repair:
         raise UsageError("--from is for --repair")
     with open_repository() as repository, progress_bars() as progress:
@@ -65,12 +70,10 @@ def verify(what: str | None, sample: float, repair: bool, sources: tuple[str, ..
             vm, point = listing.parse_point(repository, what)
         elif what is not None:
             vm = names.check_name(what, "VM")
-        report = verify_repository(repository, vm, point, sample, progress)
+        report = service.verify(repository, vm, point, sample, progress)
         try:
             if repair:
-                from backupfs.services import repair as service  # noqa: PLC0415, libnbd is not needed without it
-
-                service.repair(repository, report, [_source(s) for s in sources], tell)
+                repairing.repair(repository, report, [_source(s) for s in sources], tell)
         finally:
             state.keep_verification(repository, [vm] if vm else repository.vms(), point, report)
         damage = list(report.all_damage(repository.settings.chunk_size))
@@ -89,7 +92,7 @@ def _source(text: str) -> tuple[str | None, str]:
     return None, text
 
 
-def _print(report: Report, damage: list[Damage], as_json: bool) -> None:
+def _print(report: "Report", damage: "list[Damage]", as_json: bool) -> None:
     facts: dict[str, Any] = {
         "points": report.points,
         "layers": report.layers,
@@ -128,6 +131,8 @@ def status(max_age: str | None, metrics: str | None, as_json: bool) -> None:
 
     It reads no layers; what `verify` found last is what it knows of damage.
     """
+    from backupfs.services import status as state  # noqa: PLC0415, not needed for the other commands
+
     with open_repository() as repository:
         found = state.status(repository, parse_duration(max_age) if max_age is not None else None)
     if metrics is not None:
@@ -140,7 +145,7 @@ def status(max_age: str | None, metrics: str | None, as_json: bool) -> None:
         raise SystemExit(1)
 
 
-def _print_status(found: state.Status) -> None:
+def _print_status(found: "Status") -> None:
     rows: list[tuple[str, ...]] = [("VM", "NEWEST", "AGE", "POINTS", "DAMAGED")]
     rows += [(v.vm, v.newest, f"{v.age_s / 3600:.1f} h", str(v.points), str(v.damaged)) for v in found.vms]
     print_table(rows)
