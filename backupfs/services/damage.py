@@ -77,7 +77,7 @@ class Report:
 
 
 def _ranges(bad: BadRows, chunk_size: int) -> Iterator[Damage]:
-    """Yield damaged chunks as ranges of the disk: neighbours that hurt the same points, in the same way."""
+    """Yield damaged chunks as ranges of the disk: neighbours that hurt the same points; `what` is of the first."""
     held: Damage | None = None
     facts = zip(bad.rows["chunk_no"].tolist(), bad.rows["offset"].tolist(), bad.last.tolist(), strict=True)
     for i, (number, file_offset, last) in enumerate(facts):
@@ -88,7 +88,7 @@ def _ranges(bad: BadRows, chunk_size: int) -> Iterator[Damage]:
         if (
             held
             and (held.offset or 0) + (held.length or 0) == offset
-            and (held.points, held.what, held.repaired) == (points, bad.what[i], bad.repaired[i])
+            and (held.points, held.repaired) == (points, bad.repaired[i])
         ):
             held.length = (held.length or 0) + length
             continue

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 import blake3
 import numpy as np
@@ -47,9 +48,9 @@ def repair(
     if not report.bad:
         return
     with repository.exclusive(waiting):
-        places = [(bad, i) for bad in report.bad for i in range(len(bad.rows))]
-        for first in range(0, len(places), _AT_ONCE):
-            _repair(repository, places[first : first + _AT_ONCE], sources)
+        places = ((bad, i) for bad in report.bad for i in range(len(bad.rows)))
+        while some := list(islice(places, _AT_ONCE)):
+            _repair(repository, some, sources)
 
 
 def _is_indexed(repository: Repository, vm: str, point: str, disk: str) -> bool:

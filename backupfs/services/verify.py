@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from sys import intern
 
 import blake3
 import numpy as np
@@ -331,7 +332,7 @@ def _bad_rows(layer: Layer, rows: Rows, chunk_size: int) -> list[tuple[int, str]
             check_chunk(layer, rows[i], chunk_size)
             log.warning("%s: read wrong at offset %d, and right the second time", layer.path, begin + start)
         except Corrupt as e:
-            bad.append((i, e.what))
+            bad.append((i, intern(e.what)))  # a few words for, maybe, a million chunks
     return bad
 
 

@@ -133,7 +133,7 @@ def test_neighbours_are_told_as_one_range(repository: Repository) -> None:
     for number in (10, 11, 12, 14, 20, 21):
         flip(path, payload(path, number))
     found = damage_of(check(repository))
-    if repository.settings.codec == "none":
+    if repository.settings.codec == "none":  # the order of the payloads is that of the chunks
         assert [(d.offset, d.length) for d in found] == [
             (10 * CHUNK, 3 * CHUNK),
             (14 * CHUNK, CHUNK),
