@@ -120,6 +120,10 @@ class PointImage:
         """Bytes of a chunk."""
         return self._chunk_size
 
+    def layer(self, seq: int) -> Layer:
+        """Return an open layer of the image's chain. Raises NotFound, Corrupt."""
+        return self._store.layer(self._chain, seq)
+
     def readinto(self, offset: int, buffer: Buffer) -> None:
         check_range(self, offset, len(buffer))
         view = memoryview(buffer)

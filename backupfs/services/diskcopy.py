@@ -12,6 +12,7 @@ import blake3
 import numpy as np
 
 from backupfs.extents import Extent, coalesce, intersect, widen
+from backupfs.repository.bulk import read_chunks
 from backupfs.repository.chunkmap import UNPACK
 from backupfs.repository.format import REGION_CHUNKS
 from backupfs.repository.point import PointImage
@@ -114,7 +115,7 @@ class DiskCopy:
 
     def _read(self, part: Extent) -> list[Piece]:
         buffer = np.empty(part.length, np.uint8).data  # not cleared first
-        self._image.readinto(part.offset, buffer)
+        read_chunks(self._image, part.offset, buffer)
         return [(part.offset, part.length, buffer)]
 
     def _compared(self) -> Iterator[tuple[Extent, Callable[[Extent], list[Piece]]]]:

@@ -21,7 +21,8 @@ import numpy as np
 import xxhash
 
 from backupfs.errors import Corrupt, NotFound, RepositoryError
-from backupfs.repository import catalog, codec
+from backupfs.repository import catalog
+from backupfs.repository.bulk import decoded
 from backupfs.repository.format import HEADER_SIZE, Rows
 from backupfs.repository.layer import Layer
 from backupfs.repository.locks import Pin
@@ -323,7 +324,7 @@ def _bad_rows(layer: Layer, rows: Rows, chunk_size: int) -> list[tuple[int, str]
     bad = []
     columns = zip(starts, rows["length"].tolist(), rows["codec"].tolist(), rows["xxh3"].tolist(), strict=True)
     for i, (start, length, codec_id, xxh3) in enumerate(columns):
-        chunk = _decoded(data[start : start + length], codec_id, chunk_size)
+        chunk = decoded(data[start : start + length], codec_id, chunk_size)
         if chunk is not None and xxhash.xxh3_64_intdigest(chunk) == xxh3:
             id0, id1 = identities[i].tolist()
             if blake3.blake3(chunk).digest(length=16) == id0.to_bytes(8, "little") + id1.to_bytes(8, "little"):
@@ -334,12 +335,3 @@ def _bad_rows(layer: Layer, rows: Rows, chunk_size: int) -> list[tuple[int, str]
         except Corrupt as e:
             bad.append((i, intern(e.what)))  # a few words for, maybe, a million chunks
     return bad
-
-
-def _decoded(payload: memoryview, codec_id: int, chunk_size: int) -> bytes | memoryview | None:
-    if codec_id == codec.NONE:
-        return payload if len(payload) == chunk_size else None
-    try:
-        return codec.decompress(payload, chunk_size) if codec_id == codec.ZSTD else None
-    except ValueError:
-        return None

@@ -14,9 +14,11 @@ from backupfs.sources.export import NbdSource
 from backupfs.sources.nbd import Request
 from backupfs.sources.qemu_nbd import listening
 from backupfs.sources.source import align, split
-from backupfs.units import MiB
+from backupfs.units import GiB, MiB
 
 _WINDOW = 16 * MiB  # sent and not yet answered
+_UNFLUSHED = 4 * GiB  # written at most between two flushes: one has to be done within the time limit
+_TIMEOUT_S = 300.0  # a server that has to put gigabytes on a disk is silent for long
 _ZEROED = 32 * MiB  # in one request: a server that has to write them answers in time
 
 
@@ -33,12 +35,13 @@ class NbdTarget(NbdSource):
         SourceError: no connection.
     """
 
-    def __init__(self, uri: str, timeout_s: float = 30.0, *, description: str | None = None) -> None:
+    def __init__(self, uri: str, timeout_s: float = _TIMEOUT_S, *, description: str | None = None) -> None:
         super().__init__(uri, None, timeout_s, description=description)
         self.undo = ExitStack()  # what close gives back
         self._answered: deque[Request] = deque()
         self._pending = 0  # requests
         self._sent = 0  # bytes
+        self._unflushed = 0  # bytes
         if not self._wire.can("write"):
             self.close()
             raise TargetError(f"{self.description}: the export is read-only")
@@ -54,6 +57,9 @@ class NbdTarget(NbdSource):
             data = memoryview(whole)
         for position, count in split(first, length, self.request_size):
             part = data[position - first :][:count]
+            self._unflushed += count
+            if self._unflushed > _UNFLUSHED:
+                self.flush()
             self._wire.ask_write(self._request(position, count, part))
 
     def zero(self, offset: int, length: int) -> None:
@@ -87,6 +93,7 @@ class NbdTarget(NbdSource):
     def flush(self) -> None:
         """See `Target.flush`. A server that has no flush promises that what is done is on the disk."""
         self._settle(0)
+        self._unflushed = 0
         if self._wire.can("flush"):
             self._wire.ask_flush(self._request(0, 0, None))
             while self._pending:
@@ -126,7 +133,7 @@ def _qemu_img(timeout_s: float, *words: str, good: tuple[int, ...] = (0,)) -> No
         raise TargetError(f"{words[0]}: {said}")
 
 
-def open_qcow2(path: str, timeout_s: float = 30.0) -> NbdTarget:
+def open_qcow2(path: str, timeout_s: float = _TIMEOUT_S) -> NbdTarget:
     """Open a qcow2 file for writing, through a qemu-nbd child that ends with the target, or with this process.
 
     Raises:
