@@ -87,10 +87,10 @@ def chain_named(name: str, generation: int) -> str:
 LAYER, GONE = ".layer", ".gone"  # a layer; the mark of one that gc removed, whose number must not be used again
 
 
-def layer_seq(name: str, suffixes: tuple[str, ...] = (LAYER, GONE)) -> int | None:
+def layer_seq(name: str) -> int | None:
     """Return the seq in the name of a layer, or of the mark of one that is gone; None for any other file."""
     stem, suffix = os.path.splitext(name)
-    if suffix not in suffixes or not stem.isascii() or not stem.isdecimal() or name != layer_name(int(stem), suffix):
+    if suffix not in (LAYER, GONE) or not stem.isascii() or not stem.isdecimal() or name != layer_name(int(stem), suffix):
         return None
     return int(stem)
 
