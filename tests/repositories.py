@@ -20,16 +20,18 @@ def add_point(
     chain: str = "main",
     full: bool = False,
     step: int = 1 << 18,
+    day: int | None = None,
 ) -> Manifest:
     """Add a point of one disk that holds `data`.
 
     Args:
         changed: ranges of whole chunks to give to the writer, their flag: zero; None gives all, unflagged.
         step: bytes of a write; a multiple of the chunk size.
+        day: of the point; None: an hour for each point that is there.
     """
     with repository.writer() as writer:
         end = None if full else writer.chain_ends(vm, [disk], chain)[disk]
-        moment = MOMENT + timedelta(hours=len(repository.points(vm)))
+        moment = MOMENT + (timedelta(hours=len(repository.points(vm))) if day is None else timedelta(days=day))
         point = writer.begin(vm, moment)
         try:
             target = point.add_disk(

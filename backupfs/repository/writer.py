@@ -276,10 +276,10 @@ class PointWriter:
         os.unlink(writer.layer.path)
 
     def _next_seq(self, disk: str, chain: str, last: int) -> int:
-        """Return a number that was never used in the chain: a layer that a crash left behind keeps its own."""
+        """Return a number that was never used in the chain: layers of a crash and of deleted points keep their own."""
         folder = os.path.dirname(layer_path(self._root, self.vm, disk, chain, 0))
-        used = [int(name[:-6]) for name in os.listdir(folder) if name.endswith(".layer") and name[:-6].isdecimal()]
-        return max(last, *used) + 1
+        used = (names.layer_seq(name) for name in os.listdir(folder))
+        return max(last, *(seq for seq in used if seq is not None)) + 1
 
     def finish_disk(
         self,
@@ -336,7 +336,7 @@ class PointWriter:
             for entry, temporary in self._entries:
                 path = layer_path(self._root, self.vm, entry.name, entry.chain, entry.seq)
                 _make_folders(self._root, os.path.dirname(path))
-                _rename_new(temporary, path)
+                rename_new(temporary, path)
                 fsync_folder(os.path.dirname(path))
             _make_folders(self._root, self._points)
             manifest = Manifest(
@@ -356,7 +356,7 @@ class PointWriter:
             data = seal(manifest)
             temporary = os.path.join(self._root, "tmp", f"{secrets.token_hex(16)}.json")
             write_new(temporary, data)
-            _rename_new(temporary, os.path.join(self._points, f"{manifest.id}.json"))
+            rename_new(temporary, os.path.join(self._points, f"{manifest.id}.json"))
             published = True
             fsync_folder(self._points)
         except OSError as e:
@@ -391,7 +391,7 @@ def write_new(path: str, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _rename_new(temporary: str, path: str) -> None:
+def rename_new(temporary: str, path: str) -> None:
     """Rename without replacing. A hard link does both at once; where there are none, the writer lock has to do."""
     try:
         os.link(temporary, path)

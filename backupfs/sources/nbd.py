@@ -10,8 +10,9 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import nbd
 
@@ -149,6 +150,13 @@ class Wire:
         self.unit = int(first.handle.get_block_size(nbd.SIZE_MINIMUM)) or 1
         self.maximum = int(first.handle.get_block_size(nbd.SIZE_MAXIMUM)) or _MAX_REQUEST
 
+    def can(self, what: Literal["write", "zero", "flush"]) -> bool:
+        """Say whether the server lets its clients do that."""
+        handle = self._ready[0].handle
+        if what == "write":
+            return not handle.is_read_only()
+        return bool(handle.can_zero() if what == "zero" else handle.can_flush())
+
     def offers(self, context: str) -> bool:
         """Say whether the server answers block status for a metadata context that was asked for."""
         return bool(self._ready[0].handle.can_meta_context(context))
@@ -199,6 +207,31 @@ class Wire:
             try:
                 # The memory itself: libnbd 1.14 never lets go of what it is given inside an nbd.Buffer.
                 cookie = connection.handle.aio_pread(request.data, request.offset)
+            except nbd.Error as e:
+                raise self._fail(e) from e
+            connection.add(cookie, request)
+
+    def ask_write(self, request: Request) -> None:
+        """Send a write of `request.data`, which must not change until it is done."""
+        self._ask(request, lambda handle: handle.aio_pwrite(request.data, request.offset))
+
+    def ask_zero(self, request: Request) -> None:
+        """Send a request to make a range zero. Only where `can_zero` says so."""
+        self._ask(request, lambda handle: handle.aio_zero(request.length, request.offset))
+
+    def ask_flush(self, request: Request) -> None:
+        """Send a request to put all writes that are done on the disk; one connection's flush is for all of them.
+
+        Source: NBD proto.md, NBD_FLAG_CAN_MULTI_CONN.
+        """
+        self._ask(request, lambda handle: handle.aio_flush())
+
+    def _ask(self, request: Request, send: Callable[[nbd.NBD], int]) -> None:
+        with self._lock:
+            self._check()
+            connection = min(self._ready, key=lambda c: c.load)
+            try:
+                cookie = send(connection.handle)
             except nbd.Error as e:
                 raise self._fail(e) from e
             connection.add(cookie, request)
