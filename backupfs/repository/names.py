@@ -90,7 +90,12 @@ LAYER, GONE = ".layer", ".gone"  # a layer; the mark of one that gc removed, who
 def layer_seq(name: str) -> int | None:
     """Return the seq in the name of a layer, or of the mark of one that is gone; None for any other file."""
     stem, suffix = os.path.splitext(name)
-    if suffix not in (LAYER, GONE) or not stem.isascii() or not stem.isdecimal() or name != layer_name(int(stem), suffix):
+    if (
+        suffix not in (LAYER, GONE)
+        or not stem.isascii()
+        or not stem.isdecimal()
+        or name != layer_name(int(stem), suffix)
+    ):
         return None
     return int(stem)
 
