@@ -24,7 +24,7 @@ from backupfs.errors import RepositoryError
 from backupfs.repository import catalog, locks, names
 from backupfs.repository.manifest import DiskEntry
 from backupfs.repository.point import Chain
-from backupfs.repository.reach import ChainLayers, Reach, Roots, reach
+from backupfs.repository.reach import ChainLayers, reach
 from backupfs.repository.repository import Repository
 from backupfs.repository.space import Puncher, allocated, dead_ranges, stored
 from backupfs.repository.writer import fsync_folder, write_new
@@ -89,6 +89,13 @@ def gc(repository: Repository, *, dry_run: bool = False, waiting: Callable[[str]
         Corrupt, NotFound, UnsupportedFormat: something is damaged or missing; nothing was freed.
         RepositoryError: a file can't be changed; what was freed until then stays freed.
     """
+    try:
+        return _gc(repository, dry_run, waiting)
+    except OSError as e:
+        raise RepositoryError(f"{e.filename or repository.path}: {e.strerror}; what was freed stays freed") from e
+
+
+def _gc(repository: Repository, dry_run: bool, waiting: Callable[[str], None] | None) -> GcReport:
     report = GcReport()
     with locks.writer_lock(repository.path, waiting) if dry_run else repository.exclusive(waiting):
         plans = [plan for vm in catalog.vms(repository.path) for plan in _plan_vm(repository, vm, report)]
@@ -152,18 +159,10 @@ def _plan_chain(layers: ChainLayers, roots: dict[int, DiskEntry | None], report:
         if seq not in roots and locks.is_pinned(layers.path(seq)):
             roots[seq] = None
             report.open.append(f"{layers.chain.vm}/{layers.chain.disk}/{layers.chain.name}/{seq}")
-    found = _reach(layers, roots)
+    found = reach(layers, roots)
     live = {seq: (np.packbits(flags), len(flags)) for seq, flags in sorted(found.live.items())}
     report.visible += found.visible
     return _ChainPlan(layers.chain, folder, present, sorted(s for s, suffix in files if suffix == names.GONE), live)
-
-
-def _reach(layers: ChainLayers, roots: Roots) -> Reach:
-    try:
-        return reach(layers, roots)
-    except RepositoryError as e:
-        e.add_note("nothing was freed")
-        raise
 
 
 def _mark_last(plan: _ChainPlan) -> None:
@@ -172,11 +171,8 @@ def _mark_last(plan: _ChainPlan) -> None:
     """
     last = max([*plan.present, *plan.marks], default=0)
     if plan.live and last not in plan.live and last not in plan.marks:
-        try:
-            write_new(os.path.join(plan.folder, names.layer_name(last, names.GONE)), b"")
-            fsync_folder(plan.folder)
-        except OSError as e:
-            raise RepositoryError(f"{e.filename or plan.folder}: {e.strerror}") from e
+        write_new(os.path.join(plan.folder, names.layer_name(last, names.GONE)), b"")
+        fsync_folder(plan.folder)
 
 
 def _remove(path: str, report: GcReport, *, dry_run: bool) -> None:
@@ -191,8 +187,6 @@ def _remove(path: str, report: GcReport, *, dry_run: bool) -> None:
         os.unlink(path)
         if puncher:
             os.ftruncate(puncher.fd, 0)
-    except OSError as e:
-        raise RepositoryError(f"{path}: can't be removed: {e.strerror}") from e
     finally:
         if puncher:
             puncher.close()
