@@ -68,12 +68,15 @@ def _unescape(field: str) -> str:
 
 
 def is_dead(path: str) -> bool:
-    """Whether what is mounted at `path` has lost its process. A stat of it says so; one that hangs is not dead."""
+    """Whether what is mounted at `path` has lost its process; one that hangs is not dead.
+
+    statvfs asks the process each time. What stat says may be out of the kernel's cache, and then of a dead one, too.
+    """
     outcome: list[int] = []
 
     def look() -> None:
         try:
-            os.stat(path)
+            os.statvfs(path)
             outcome.append(0)
         except OSError as e:
             outcome.append(e.errno or 0)
