@@ -275,7 +275,7 @@ class Disk:
         self._collect(self._root, "", kind, rng, found, {})
         return found
 
-    def _collect(
+    def _collect(  # noqa: PLR0917
         self,
         folder: Folder,
         path: str,

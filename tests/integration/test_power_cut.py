@@ -60,7 +60,7 @@ def changed(rng: random.Random, data: bytes) -> bytes:
 def take(repository: Repository, disks: dict[str, bytes], hour: int, *, full: bool = False) -> str:
     """Add a point of several disks."""
     with repository.writer() as writer:
-        ends = {disk: None for disk in disks} if full else writer.chain_ends(VM, disks, "main")
+        ends = dict.fromkeys(disks) if full else writer.chain_ends(VM, disks, "main")
         point = writer.begin(VM, MOMENT + timedelta(hours=hour))
         try:
             for disk, data in disks.items():
@@ -117,7 +117,7 @@ def live(folder: Path, seed: int) -> Iterator[Step]:
 
     commands: list[Callable[[], None]] = [lambda: Repository.init(str(path), chunk_size=CHUNK), back_up, back_up]
     commands += [back_up, edit, remove, collect, back_up, back_up]
-    commands += rng.choices([back_up, back_up, edit, remove, collect], k=3) + [prune_some, collect, back_up]
+    commands += [*rng.choices([back_up, back_up, edit, remove, collect], k=3), prune_some, collect, back_up]
     for number, command in enumerate(commands):
         before, start = dict(points), len(recorder.ops)
         with recorder.recording():
