@@ -179,11 +179,14 @@ def decode_header(data: bytes, path: str) -> LayerHeader:
     if version != VERSION:
         raise UnsupportedFormat(f"{path}: layer of format version {version}; this backupfs knows version {VERSION}")
     names, position = [], _HEADER.size
-    for _ in range(3):
-        (length,) = _NAME.unpack_from(data, position)
-        position += _NAME.size
-        names.append(data[position : position + length].decode())
-        position += length
+    try:
+        for _ in range(3):
+            (length,) = _NAME.unpack_from(data, position)
+            position += _NAME.size
+            names.append(data[position : position + length].decode())
+            position += length
+    except (struct.error, UnicodeDecodeError) as e:
+        raise Corrupt(path, position, f"the header's names can't be: {e}") from e
     return LayerHeader(
         repository_id, LayerId(layer_id), LayerId(parent_id), parent_seq, seq, chunk_size, virtual_size, *names
     )

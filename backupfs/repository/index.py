@@ -143,6 +143,8 @@ class Index:
                     raise StaleIndex("the index belongs to another repository or layout")
         except lmdb.Error as e:
             raise self._corrupt(e) from e
+        except OSError as e:
+            raise RepositoryError(f"{self._file}: the index can't be opened: {e.strerror}") from e
 
     def close(self) -> None:
         """Close the environment; no other thread may be inside."""
@@ -419,8 +421,8 @@ class Index:
 
 def _address_of(path: str) -> int:
     """Return where this process has mapped a file, 0 when that can't be told. Source: proc(5), /proc/PID/maps."""
-    inode = str(os.stat(path).st_ino)
     try:
+        inode = str(os.stat(path).st_ino)
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
             for line in maps:
                 span, _, offset, _, mapped, *_ = line.split()

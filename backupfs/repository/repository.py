@@ -64,7 +64,9 @@ class Repository:
                 codec=codec_name,
                 created=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
             )
-            write_new(os.path.join(path, SETTINGS), seal(settings))
+            temporary = os.path.join(path, "tmp", SETTINGS)
+            write_new(temporary, seal(settings))
+            os.rename(temporary, os.path.join(path, SETTINGS))  # last: there is a whole repository or none
             fsync_folder(path)
             fsync_folder(os.path.dirname(os.path.abspath(path)))
         except OSError as e:

@@ -273,12 +273,16 @@ class PointWriter:
         """Give up a disk that was begun, as if it never had been."""
         self._disks.remove(writer)
         writer.layer.close()
-        os.unlink(writer.layer.path)
+        with contextlib.suppress(OSError):  # the next writer removes it
+            os.unlink(writer.layer.path)
 
     def _next_seq(self, disk: str, chain: str, last: int) -> int:
         """Return a number that was never used in the chain: layers of a crash and of deleted points keep their own."""
         folder = os.path.dirname(layer_path(self._root, self.vm, disk, chain, 0))
-        used = (names.layer_seq(name) for name in os.listdir(folder))
+        try:
+            used = [names.layer_seq(name) for name in os.listdir(folder)]
+        except OSError as e:
+            raise RepositoryError(f"{folder}: {e.strerror}") from e
         return max(last, *(seq for seq in used if seq is not None)) + 1
 
     def finish_disk(
@@ -378,7 +382,7 @@ class PointWriter:
         """Remove what was written. After `publish` it does nothing."""
         for writer in self._disks:
             writer.layer.close()
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # it was published; or the next writer removes it
                 os.unlink(writer.layer.path)
 
 
