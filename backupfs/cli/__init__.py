@@ -66,6 +66,8 @@ def main() -> None:
     """Run the program and exit with its code."""
     logging.basicConfig(format="backupfs: %(levelname)s: %(message)s", level=logging.WARNING)
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, _terminate)  # what was set up in a machine must be undone
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a repository keeps its layers open
     try:

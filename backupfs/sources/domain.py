@@ -48,6 +48,11 @@ def open_domain(
     try:
         wanted = _wanted(found, disks)
         if not found.is_active():
+            sliced = [disk.name for disk in wanted if disk.sliced]
+            if sliced:
+                raise ConnectError(
+                    f"domain {domain}: {', '.join(sliced)} is a part of its image: start the domain first"
+                )
             return StoppedDomain(found, wanted, timeout_s)
         return RunningDomain(found, wanted, freeze=freeze, scratch=scratch, timeout_s=timeout_s)
     except BaseException:

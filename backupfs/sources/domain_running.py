@@ -49,6 +49,7 @@ class RunningDomain:
         self._freeze = freeze
         self._scratch = scratch
         self._timeout_s = timeout_s
+        self._formats = {disk.name: disk.image_format for disk in disks}
         self._io_thread = {disk.name: disk.io_thread for disk in disks}
         self._checkpoints = Checkpoints(domain, disks, timeout_s)
         self.disks = [MachineDisk(d.name, domain.disk_size(d.name), d.description) for d in disks]
@@ -99,9 +100,11 @@ class RunningDomain:
         uri = f"nbd+unix:///{quote(name, safe='')}?socket={quote(folder.socket)}"
         bitmap = _BITMAP if incremental else None
         try:
-            return NbdSource(uri, bitmap, self._timeout_s, description=f"{self._domain.name}/{name}")
+            source = NbdSource(uri, bitmap, self._timeout_s, description=f"{self._domain.name}/{name}")
         except ConnectError as e:
             raise ConnectError(f"{e} (does this libvirt run on this host, and see {self._scratch}?)") from e
+        source.format = self._formats[name]
+        return source
 
     def close(self) -> None:
         """See `Machine.close`."""

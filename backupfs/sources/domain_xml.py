@@ -23,6 +23,7 @@ class DomainDisk:
         below: the descriptions of its backing files, as far as libvirt tells: a running domain's.
         shared: other machines write to it too.
         passed_through: the guest's commands go to the device as they are.
+        sliced: it is a part of its image.
         io_thread: its device, or its SCSI controller, runs in an I/O thread.
     """
 
@@ -33,6 +34,7 @@ class DomainDisk:
     below: frozenset[str]
     shared: bool
     passed_through: bool
+    sliced: bool
     io_thread: bool
 
 
@@ -71,6 +73,7 @@ def _disks(domain: ElementTree.Element) -> list[DomainDisk]:
                 ),
                 shared=disk.find("shareable") is not None,
                 passed_through=device == "lun",
+                sliced=source.find("slices") is not None,
                 io_thread=_has_io_thread(driver) or (target.get("bus") == "scsi" and _controller(disk) in threaded),
             )
         )

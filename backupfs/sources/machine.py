@@ -7,8 +7,9 @@ only when told that the point is published. In every other case the new one's re
 """
 
 import re
+import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from backupfs.sources.source import Source
@@ -40,15 +41,17 @@ class Track:
         recorder: the name of what has recorded since the chain's last point, out of its manifest; None when there is
             no last point, when nothing recorded since, or when all of the disk is to be read anyway.
         reason: why `recorder` is None, in words.
+        domain_xml: libvirt's description of the machine at that point, if it was kept.
     """
 
     recorder: str | None
     reason: str
+    domain_xml: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Recorders:
-    """The names of one repository's chain's recorders: `backupfs-<repository>-<chain>-<point>`.
+    """The names of one repository's chain's recorders: `backupfs-<repository>-<chain>-<point>-<token>`.
 
     Attributes:
         repository: the repository's id.
@@ -56,12 +59,14 @@ class Recorders:
         point: the id of the point that is being taken.
         disk: where each disk has a recorder of its own, its name, which is appended: two disks that changed places
             must not take each other's for their own.
+        token: makes the name unique: two copies of a repository may take a point at the same time.
     """
 
     repository: str
     chain: str
     point: str
     disk: str = ""
+    token: str = field(default_factory=lambda: secrets.token_hex(4))
 
     def of(self, disk: str) -> "Recorders":
         """Return the names of a disk's own recorders."""
@@ -70,7 +75,7 @@ class Recorders:
     @property
     def new(self) -> str:
         """What records from this moment on."""
-        return f"{self._prefix}{self.point}" + (f"-{self.disk}" if self.disk else "")
+        return f"{self._prefix}{self.point}-{self.token}" + (f"-{self.disk}" if self.disk else "")
 
     @property
     def _prefix(self) -> str:

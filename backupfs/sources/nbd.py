@@ -5,8 +5,11 @@ connections, and finishes the others' requests on its way. libnbd never blocks h
 says it can. A connection that is cut, or silent for `timeout_s`, ends the wire: every later call raises.
 """
 
+import contextlib
 import errno
+import os
 import select
+import socket
 import threading
 import time
 from collections import deque
@@ -65,7 +68,16 @@ class _Connection:
         self.handle.set_strict_mode(self.handle.get_strict_mode() & ~nbd.STRICT_ALIGN)
         # Every completion's error is looked at (CVE-2022-0485), so clearing each buffer first gains nothing.
         self.handle.set_pread_initialize(False)
-        self.handle.aio_connect_uri(uri)
+        try:
+            self.handle.aio_connect_uri(uri)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Cut the connection now. Before it is ready nothing else will do: a traceback may hold the handle for long."""
+        with contextlib.suppress(nbd.Error, OSError), socket.socket(fileno=os.dup(self.handle.aio_get_fd())) as cut:
+            cut.shutdown(socket.SHUT_RDWR)
 
     def notify(self, events: int) -> None:
         """Let libnbd do what the socket is ready for. Raises nbd.Error when the connection is lost."""
@@ -146,7 +158,11 @@ class Wire:
             raise ConnectError(f"{name}: can't connect: {_reason(e)}") from e
         self._handshake(first, time.monotonic() + timeout_s)
         self._ready.append(first)
-        self.size = _export_size(first.handle, name)
+        try:
+            self.size = _export_size(first.handle, name)
+        except BaseException:
+            first.close()
+            raise
         self.unit = int(first.handle.get_block_size(nbd.SIZE_MINIMUM)) or 1
         self.maximum = int(first.handle.get_block_size(nbd.SIZE_MAXIMUM)) or _MAX_REQUEST
 
@@ -162,6 +178,14 @@ class Wire:
         return bool(self._ready[0].handle.can_meta_context(context))
 
     def _handshake(self, connection: _Connection, deadline: float) -> None:
+        """Wait until a connection is ready; when that fails it is closed."""
+        try:
+            self._shake_hands(connection, deadline)
+        except BaseException:
+            connection.close()
+            raise
+
+    def _shake_hands(self, connection: _Connection, deadline: float) -> None:
         poller = select.poll()
         handle = connection.handle
         while not handle.aio_is_ready():
@@ -192,6 +216,7 @@ class Wire:
                 connection = _Connection(self._uri, ())
                 self._handshake(connection, deadline)
                 if connection.handle.get_size() != self.size:
+                    connection.close()
                     return
             except (nbd.Error, ConnectError):
                 return

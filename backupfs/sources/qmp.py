@@ -30,7 +30,7 @@ from backupfs.sources.vm_nodes import Blocks, Device, Node, pick
 
 log = logging.getLogger(__name__)
 
-_MIGRATES = ("setup", "active", "device", "pre-switchover", "wait-unplug", "cancelling", "colo", "completed")
+_MIGRATES = ("setup", "active", "device", "pre-switchover", "wait-unplug", "cancelling", "colo")
 _JOBS = ("commit", "stream", "mirror", "backup", "amend", "snapshot-load", "snapshot-save", "snapshot-delete")
 _ENDED = ("concluded", "null")
 # Before, QEMU aborted, and its guest with it, when a client left the NBD export of a disk in an I/O thread (seen with
@@ -99,7 +99,10 @@ class QmpMachine:
         """Raise SourceError when the machine can't be backed up now."""
         path = self._monitor.path
         migration = ask_status(self._monitor, "query-migrate")
-        if migration in _MIGRATES or migration.startswith("postcopy"):
+        if migration == "completed":  # on this host, or from this host: there it stays paused
+            status = str(self._monitor.execute("query-status")["status"])
+            migration = "completed, away" if status in ("postmigrate", "inmigrate") else "none"
+        if migration in (*_MIGRATES, "completed, away") or migration.startswith("postcopy"):
             raise SourceError(
                 f"{path}: the machine is being migrated, or has been ({migration}): back it up afterwards"
             )

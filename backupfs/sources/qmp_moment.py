@@ -61,6 +61,7 @@ class QmpMoment:
         self._published = False
         self._over = threading.Event()
         self._watch: threading.Thread | None = None
+        self.on_broken: Callable[[], None] = lambda: None  # called in a thread when the scratch got full
 
     def begin(self, folder: str, method: Method) -> "QmpMoment":
         """Make the moment, and open the sources; `folder`: for the scratch.
@@ -83,6 +84,7 @@ class QmpMoment:
         uid = owner(self._monitor.pid)
         for disk in self._disks:
             self._folder.create_image(disk.number, disk.node.size, uid, self._timeout_s)
+        self._folder.hand_over(uid)
         self._session = Session(self._monitor, self._folder, self._disks, method)
         self._session.prepare()
         turns = {}
@@ -111,6 +113,7 @@ class QmpMoment:
                         "give it another folder with --scratch, or back up while the guest writes less"
                     )
                     self._session.cut()
+                    self.on_broken()
                     return
 
     def _explain(self, error: SourceError) -> SourceError:
