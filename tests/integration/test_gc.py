@@ -142,7 +142,7 @@ def test_no_bitmap_continues_over_a_deleted_point(disk: Disk, again: str) -> Non
         assert end.point == ids[3]
         point = writer.begin(VM, MOMENT)
         source = CleanSource(bytes(disk.data))
-        backup = DiskBackup("vda", source, end, lambda *_: None, known_since=False, audit=0, new="")
+        backup = DiskBackup("vda", source, end, lambda *_: None, known_since=False, probed=False, audit=0, new="")
         backup.take(writer, point, "main", None)
         taken = writer.commit(point, parent=end.point)
     assert taken.disks[0].seq == 5
