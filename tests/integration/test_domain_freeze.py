@@ -30,7 +30,8 @@ while :; do
   read -r line <&3 || { sleep 0.1; continue; }  # ends as long as libvirt has not opened its side
   case "$line" in
     *guest-sync*) id=${line##*'"id":'}; echo "{\\"return\\": ${id%%[!0-9]*}}" >&3 ;;
-    *fsfreeze-freeze*) [ -e /tmp/slow ] && sleep 12; fsfreeze --freeze /mnt && echo freeze >>/tmp/said; echo '{"return": 1}' >&3 ;;
+    *fsfreeze-freeze*) [ -e /tmp/slow ] && sleep 12
+      fsfreeze --freeze /mnt && echo freeze >>/tmp/said; echo '{"return": 1}' >&3 ;;
     *fsfreeze-thaw*) fsfreeze --unfreeze /mnt && echo thaw >>/tmp/said; echo '{"return": 1}' >&3 ;;
   esac
 done
