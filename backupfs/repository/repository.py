@@ -5,7 +5,6 @@ kernel drops when the process dies.
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 import secrets
@@ -15,13 +14,15 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 
-from backupfs.errors import Corrupt, Locked, NotFound, RepositoryError, UsageError
+from backupfs.errors import Corrupt, NotFound, RepositoryError, UsageError
 from backupfs.repository import catalog, codec, names
+from backupfs.repository.files import fsync_folder, write_new
 from backupfs.repository.format import DEFAULT_CHUNK, MAX_CHUNK, MIN_CHUNK, VERSION
 from backupfs.repository.index import Index, StaleIndex
+from backupfs.repository.locks import index_lock, writer_lock
 from backupfs.repository.manifest import DiskEntry, Manifest, Settings, decode_manifest, decode_settings, seal, seal_of
 from backupfs.repository.point import Chain, LayerStore, PointImage
-from backupfs.repository.writer import ChainEnd, PointWriter, fsync_folder, write_new
+from backupfs.repository.writer import ChainEnd, PointWriter
 
 log = logging.getLogger(__name__)
 
@@ -197,26 +198,8 @@ class Repository:
 
     def _open_index(self) -> Index:
         folder = catalog.index_folder(self.path, self.settings.id)
-        with self._index_lock(folder):
+        with index_lock(folder):
             return self._open_or_build(folder)
-
-    @contextlib.contextmanager
-    def _index_lock(self, folder: str) -> Iterator[None]:
-        """One process at a time opens the index or puts another in its place: it is two files, and they must match.
-
-        Who waits for a rebuild finds it done.
-        """
-        path = f"{folder}.lock"
-        try:
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as e:
-            raise RepositoryError(f"{path}: {e.strerror}") from e
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(fd)
 
     def _open_or_build(self, folder: str) -> Index:
         try:
@@ -262,14 +245,14 @@ class Repository:
         Raises:
             Locked: a backup is running.
         """
-        with self._writer_lock():
+        with writer_lock(self.path, None):
             return self._reindex()
 
     def _reindex(self) -> int:
         with self._lock:
             self.close()
             folder = catalog.index_folder(self.path, self.settings.id)
-            with self._index_lock(folder):
+            with index_lock(folder):
                 self._index = self._build_index(folder)
             self._store = LayerStore(self._index, bytes.fromhex(self.settings.id), self.settings.chunk_size)
             return len(self._index.points())
@@ -296,29 +279,6 @@ class Repository:
             index.forget(gone)
 
     @contextlib.contextmanager
-    def _writer_lock(self, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
-        path = os.path.join(self.path, "lock")
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as e:
-            raise RepositoryError(f"{path}: {e.strerror}") from e
-        try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as e:
-                holder = os.pread(fd, 64, 0).decode(errors="replace").strip() or "another process"
-                if waiting is None:
-                    message = f"{self.path}: {holder} is writing to this repository; try again when it is done"
-                    raise Locked(message) from e
-                waiting(f"{self.path}: {holder} is writing to this repository; waiting until it is done")
-                fcntl.flock(fd, fcntl.LOCK_EX)
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"process {os.getpid()}\n".encode(), 0)
-            yield
-        finally:
-            os.close(fd)
-
-    @contextlib.contextmanager
     def writer(self, waiting: Callable[[str], None] | None = None) -> Iterator["Writer"]:
         """Take the writer lock for the `with` block, and remove what dead writers left.
 
@@ -329,7 +289,7 @@ class Repository:
             Locked: another process has it, and it is not waited for.
             RepositoryError: there is hardly any space left.
         """
-        with self._writer_lock(waiting):
+        with writer_lock(self.path, waiting):
             try:
                 tmp = os.path.join(self.path, "tmp")
                 os.makedirs(tmp, mode=0o700, exist_ok=True)
