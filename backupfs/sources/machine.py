@@ -153,4 +153,4 @@ class Machine(Protocol):
         """
 
     def close(self) -> None:
-        """Let the connection to the machine go."""
+        """Let the connection to the machine go; first close the moment, if that was not done."""

@@ -122,15 +122,19 @@ def test_a_scratch_that_fills_up_ends_the_view_not_the_guest(tmp_path: Path, pla
                 vm.write(disk, number * MiB, MiB, 0x11)
             before = state(vm)
             process = begin_view(vm, place, "--scratch", str(scratch))
-            for number in range(40):
-                vm.write(disk, number * MiB, MiB, 0x22)
-            assert "too little space" in process.communicate(timeout=60)[1]
+            try:
+                for number in range(40):
+                    vm.write(disk, number * MiB, MiB, 0x22)
+                assert "too little space" in process.communicate(timeout=60)[1]
+            finally:
+                process.kill()
+                process.communicate()
             assert process.returncode == 1
             assert state(vm) == before
             assert disk.path.read_bytes() == b"\x22" * 40 * MiB
             assert not list(scratch.iterdir())
     finally:
-        run("umount", scratch)
+        run("umount", "--lazy", scratch)
 
 
 def test_no_such_machine(tmp_path: Path) -> None:

@@ -2,30 +2,17 @@
 
 import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import servers
-from domains import SIZE, Web, two_disks
-from libvirtd import Disk, Libvirt, libvirtd
+from domains import SIZE, Web
+from libvirtd import Disk
 
 from backupfs.errors import ConnectError, SourceError
 from backupfs.sources import qemu_img
 
 ROUNDS = 20 if os.environ.get("BACKUPFS_LONG") else 2
-
-
-@pytest.fixture(scope="module")
-def daemon() -> Iterator[Libvirt]:
-    with libvirtd() as daemon:
-        yield daemon
-
-
-@pytest.fixture
-def web(daemon: Libvirt) -> Iterator[Web]:
-    with two_disks(daemon) as web:
-        yield web
 
 
 def test_a_transient_domain(web: Web) -> None:

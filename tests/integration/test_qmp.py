@@ -354,3 +354,16 @@ def test_a_folder_that_somebody_planted_is_not_believed(disk: GuestDisk, chain: 
         chain.take(m)
         assert m.qmp("query-status")["status"] == "paused"
         assert sorted(p.name for p in planted.iterdir()) == ["lock", "paused"]
+
+
+def test_a_machine_that_is_closed_closes_its_moment(disk: GuestDisk, chain: Chain) -> None:
+    """A Ctrl-C may come before the caller has the moment in hand."""
+    with machine([disk]) as m:
+        chain.take(m)
+        opened = open_qmp(m.qmp_path, None, scratch=str(chain.scratch), timeout_s=20.0)
+        opened.begin(chain.next(), {"vda": Track(chain.recorders["vda"], "")})
+        m.write(disk, 0, MiB, 1)
+        opened.close()
+        assert_clean(m, chain)
+        chain.take(m)
+        assert chain.reasons == {"vda": ""}
