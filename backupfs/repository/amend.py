@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 from backupfs.errors import RepositoryError
 from backupfs.repository import catalog
+from backupfs.repository.files import fsync_folder, write_new
 from backupfs.repository.manifest import decode_manifest, seal, seal_of
 from backupfs.repository.repository import Repository
-from backupfs.repository.writer import fsync_folder, write_new
 
 log = logging.getLogger(__name__)
 

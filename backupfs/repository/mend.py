@@ -14,10 +14,10 @@ import numpy as np
 
 from backupfs.errors import Corrupt, RepositoryError
 from backupfs.repository import codec
+from backupfs.repository.files import fsync_folder, write_new
 from backupfs.repository.format import CODEC_SHIFT, Rows
 from backupfs.repository.layer import Layer
 from backupfs.repository.point import read_chunk
-from backupfs.repository.writer import fsync_folder, write_new
 
 DAMAGED = "damaged"
 

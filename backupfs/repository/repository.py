@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 
 from backupfs.errors import Corrupt, NotFound, RepositoryError, UsageError
-from backupfs.repository import catalog, codec, locks, names
+from backupfs.repository import catalog, codec, names
+from backupfs.repository.files import fsync_folder, write_new
 from backupfs.repository.format import DEFAULT_CHUNK, MAX_CHUNK, MIN_CHUNK, VERSION
 from backupfs.repository.index import Index, StaleIndex
+from backupfs.repository.locks import Pin, index_lock, writer_lock
 from backupfs.repository.manifest import DiskEntry, Manifest, Settings, decode_manifest, decode_settings, seal, seal_of
 from backupfs.repository.point import Chain, LayerStore, PointImage, layer_path
-from backupfs.repository.writer import ChainEnd, PointWriter, fsync_folder, write_new
+from backupfs.repository.writer import ChainEnd, PointWriter
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +176,7 @@ class Repository:
         return entry
 
     def _image(self, vm: str, point: str, entry: DiskEntry) -> PointImage:
-        pin = locks.Pin(layer_path(self.path, vm, entry.name, entry.chain, entry.seq))
+        pin = Pin(layer_path(self.path, vm, entry.name, entry.chain, entry.seq))
         with self._lock:
             store = self.store
             chain_no = self._chain_no(vm, entry)
@@ -206,7 +208,7 @@ class Repository:
 
     def _open_index(self) -> Index:
         folder = catalog.index_folder(self.path, self.settings.id)
-        with locks.index_lock(folder):
+        with index_lock(folder):
             return self._open_or_build(folder)
 
     def _open_or_build(self, folder: str) -> Index:
@@ -253,14 +255,14 @@ class Repository:
         Raises:
             Locked: a backup is running.
         """
-        with locks.writer_lock(self.path, None):
+        with writer_lock(self.path, None):
             return self._reindex()
 
     def _reindex(self) -> int:
         with self._lock:
             self.close()
             folder = catalog.index_folder(self.path, self.settings.id)
-            with locks.index_lock(folder):
+            with index_lock(folder):
                 self._index = self._build_index(folder)
             self._store = LayerStore(self._index, bytes.fromhex(self.settings.id), self.settings.chunk_size)
             return len(self._index.points())
@@ -323,7 +325,7 @@ class Repository:
         Raises:
             Locked: another process has it, and it is not waited for.
         """
-        with locks.writer_lock(self.path, waiting):
+        with writer_lock(self.path, waiting):
             try:
                 tmp = os.path.join(self.path, "tmp")
                 os.makedirs(tmp, mode=0o700, exist_ok=True)

@@ -5,7 +5,6 @@ files in tmp/ and layers that no manifest names, the next writer removes or pass
 """
 
 import contextlib
-import errno
 import os
 import secrets
 import threading
@@ -21,6 +20,7 @@ from backupfs import __version__
 from backupfs.errors import RepositoryError
 from backupfs.repository import codec, names
 from backupfs.repository.chunkmap import POSITION, ChunkMap
+from backupfs.repository.files import fsync_folder, make_folders, rename_new, write_new
 from backupfs.repository.format import (
     ALIGNMENT,
     MAX_DISK,
@@ -339,10 +339,10 @@ class PointWriter:
         try:
             for entry, temporary in self._entries:
                 path = layer_path(self._root, self.vm, entry.name, entry.chain, entry.seq)
-                _make_folders(self._root, os.path.dirname(path))
+                make_folders(self._root, os.path.dirname(path))
                 rename_new(temporary, path)
                 fsync_folder(os.path.dirname(path))
-            _make_folders(self._root, self._points)
+            make_folders(self._root, self._points)
             manifest = Manifest(
                 format=VERSION,
                 repository=self._repository_id,
@@ -384,44 +384,3 @@ class PointWriter:
             writer.layer.close()
             with contextlib.suppress(OSError):  # it was published; or the next writer removes it
                 os.unlink(writer.layer.path)
-
-
-def write_new(path: str, data: bytes) -> None:
-    """Write a new file and put it on the disk."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def rename_new(temporary: str, path: str) -> None:
-    """Rename without replacing. A hard link does both at once; where there are none, the writer lock has to do."""
-    try:
-        os.link(temporary, path)
-    except OSError as e:
-        if e.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from e
-        os.rename(temporary, path)
-        return
-    os.unlink(temporary)
-
-
-def _make_folders(root: str, folder: str) -> None:
-    """Make `folder` and its parents below `root`, each on the disk before the next."""
-    if folder == root or os.path.isdir(folder):
-        return
-    _make_folders(root, os.path.dirname(folder))
-    os.mkdir(folder, 0o700)
-    fsync_folder(os.path.dirname(folder))
-
-
-def fsync_folder(folder: str) -> None:
-    """Put a folder's names on the disk."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

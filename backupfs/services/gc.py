@@ -22,12 +22,12 @@ import numpy.typing as npt
 
 from backupfs.errors import RepositoryError
 from backupfs.repository import catalog, locks, names
+from backupfs.repository.files import fsync_folder, write_new
 from backupfs.repository.manifest import DiskEntry
 from backupfs.repository.point import Chain
 from backupfs.repository.reach import ChainLayers, reach
 from backupfs.repository.repository import Repository
 from backupfs.repository.space import Puncher, allocated, dead_ranges, stored
-from backupfs.repository.writer import fsync_folder, write_new
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from typing import Literal
 
 from backupfs.errors import BackupfsError, TargetError, UsageError
 from backupfs.extents import Extent
+from backupfs.repository.files import fsync_folder, rename_new
 from backupfs.repository.point import PointImage
 from backupfs.repository.repository import Repository
-from backupfs.repository.writer import fsync_folder, rename_new
 from backupfs.services.diskcopy import DiskCopy, Progress, Restored
 from backupfs.sources import target as files
 from backupfs.sources.target import Target

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
+from backupfs import interrupts
 from backupfs.errors import ConnectError, UsageError
 from backupfs.sources import domain_xml
 from backupfs.sources.deadline import Caller
@@ -21,6 +22,7 @@ T = TypeVar("T")
 Freeze = Literal["auto", "never", "require"]
 log = logging.getLogger(__name__)
 
+_THAW_S = 600.0  # a guest with much to write takes its time to freeze
 _LOCAL = ("", "localhost", "localhost.localdomain")
 
 
@@ -266,6 +268,10 @@ class Domain:
             return self._ask("begin a backup", begin, timeouts=4)
         except BaseException:
             broken_off.set()
+            if folder.frozen:  # its thread would die with this process, and nobody thaw
+                log.warning("domain %s: waiting until its file systems are thawed", self.name)
+                with interrupts.deferred():
+                    self._caller.finish(_THAW_S)
             raise
 
     def _freeze(self, *, required: bool, folder: Folder) -> bool:

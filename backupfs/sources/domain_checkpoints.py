@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from backupfs.errors import ConnectError
 from backupfs.sources import domain_xml
 from backupfs.sources.machine import Recorders, Track
-from backupfs.sources.qemu_img import StoredBitmaps, remove_bitmap, stored_bitmaps
+from backupfs.sources.qemu_img import StoredBitmaps, remove_bitmap, stored_bitmaps, too_full
 
 if TYPE_CHECKING:
     from backupfs.sources.domain import Domain
@@ -122,6 +122,10 @@ class Checkpoints:
             disks = [d for d in self._domain.checkpoint_disks(name) if d in self._disks]
             self._domain.delete_checkpoint(name, bitmaps=False)
             remove_stored(name, [self._disks[d] for d in disks], self._timeout_s)
+            return
+        full = [path for disk in self._disks.values() if (path := disk.path) is not None and too_full(path)]
+        if full:
+            log.warning("checkpoint %s stays for now: %s: the file system is too full", name, ", ".join(full))
             return
         try:
             self._domain.delete_checkpoint(name, bitmaps=True)

@@ -32,6 +32,7 @@ class StoppedDomain:
     def __init__(self, domain: "Domain", disks: Sequence[domain_xml.DomainDisk], timeout_s: float) -> None:
         self._domain = domain
         self._timeout_s = timeout_s
+        self._begun: DomainMoment | None = None
         self._paths: dict[str, str] = {}
         for disk in disks:
             if disk.path is None:
@@ -67,7 +68,7 @@ class StoppedDomain:
                 self._refuse_other_format(name, source.format)
             self._refuse_running()
             description = self._domain.xml()
-            return DomainMoment(
+            self._begun = DomainMoment(
                 sources=sources,
                 recorders=dict.fromkeys(recorded, recorders.new),
                 consistency="crash",
@@ -76,9 +77,12 @@ class StoppedDomain:
                 publish=new.publish,
                 undo=undo.pop_all(),
             )
+            return self._begun
 
     def close(self) -> None:
         """See `Machine.close`."""
+        if self._begun is not None:
+            self._begun.close()
         self._domain.close()
 
     def _refuse_running(self) -> None:

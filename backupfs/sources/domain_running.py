@@ -49,6 +49,7 @@ class RunningDomain:
         self._freeze = freeze
         self._scratch = scratch
         self._timeout_s = timeout_s
+        self._begun: DomainMoment | None = None
         self._formats = {disk.name: disk.image_format for disk in disks}
         self._io_thread = {disk.name: disk.io_thread for disk in disks}
         self._checkpoints = Checkpoints(domain, disks, timeout_s)
@@ -86,7 +87,7 @@ class RunningDomain:
                 undo.callback(source.close)
                 source.bitmap_problem = problems[name] or source.bitmap_problem
             job.watch(list(sources.values()))
-            return DomainMoment(
+            self._begun = DomainMoment(
                 sources=sources,
                 recorders=dict.fromkeys(recorded, recorders.new),
                 consistency="frozen" if frozen else "crash",
@@ -95,6 +96,7 @@ class RunningDomain:
                 publish=new.publish,
                 undo=undo.pop_all(),
             )
+            return self._begun
 
     def _open(self, folder: Folder, name: str, *, incremental: bool) -> NbdSource:
         uri = f"nbd+unix:///{quote(name, safe='')}?socket={quote(folder.socket)}"
@@ -108,6 +110,8 @@ class RunningDomain:
 
     def close(self) -> None:
         """See `Machine.close`."""
+        if self._begun is not None:
+            self._begun.close()
         self._domain.close()
 
     def _refuse_if_busy(self, disks: Iterable[str]) -> None:

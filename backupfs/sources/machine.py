@@ -92,8 +92,7 @@ class Moment(Protocol):
     Attributes:
         sources: by disk. A source's `bitmap` is the old recorder's, or None with a `bitmap_problem` that says why all
             of the disk has to be read. Closed by `close`.
-        recorders: by disk, the name of what records from this moment on; a disk where nothing does is not in it (raw
-            images without persistence are: it lasts as long as QEMU's process).
+        recorders: by disk, the name of what records from this moment on; a disk where nothing does is not in it.
         consistency: `frozen` when the guest's file systems were.
         domain_xml: libvirt's description of the machine.
     """
@@ -154,4 +153,4 @@ class Machine(Protocol):
         """
 
     def close(self) -> None:
-        """Let the connection to the machine go."""
+        """Let the connection to the machine go; first close the moment, if that was not done."""

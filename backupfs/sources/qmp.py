@@ -68,6 +68,7 @@ class QmpMachine:
         self._monitor = monitor
         self._scratch = scratch
         self._timeout_s = timeout_s
+        self._begun: QmpMoment | None = None
         blocks = ask_blocks(monitor)
         devices = pick(blocks, disks)
         if not devices:
@@ -140,7 +141,7 @@ class QmpMachine:
             Fleeced(number, device, image, None if problems[device.name] else tracks[device.name].recorder)
             for number, (device, image) in enumerate(self._images(blocks, tracks))
         ]
-        moment = QmpMoment(self._monitor, disks, recorders, problems, self._timeout_s)
+        moment = self._begun = QmpMoment(self._monitor, disks, recorders, problems, self._timeout_s)
         if has_filter(self._monitor, blocks) and all(disk.device.path for disk in disks):
             try:
                 return moment.begin(self._scratch, "filter")
@@ -196,4 +197,6 @@ class QmpMachine:
 
     def close(self) -> None:
         """See `Machine.close`."""
+        if self._begun is not None:
+            self._begun.close()
         self._monitor.close()

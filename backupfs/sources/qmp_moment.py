@@ -106,7 +106,7 @@ class QmpMoment:
     def _watch_space(self, folder: scratch.Scratch) -> None:
         """End the exports before the scratch fills its file system. Whoever reads gets an error then."""
         while not self._over.wait(_LOOK_S):
-            with contextlib.suppress(OSError, SourceError):
+            with contextlib.suppress(SourceError):
                 if folder.free() <= 0 and self._session is not None:
                     self._failure = (
                         f"{folder.path}: too little space is left for what the guest overwrites during the backup; "
@@ -121,7 +121,7 @@ class QmpMoment:
         if self._failure is not None:
             return SourceError(self._failure)
         if isinstance(error, ProtocolError) and self._folder is not None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(SourceError):
                 left = format_size(max(self._folder.free(), 0))
                 return ProtocolError(
                     f"{error}; the disk can't be read, or {self._folder.path} was full or too slow to keep what the "

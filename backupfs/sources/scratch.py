@@ -99,15 +99,21 @@ class Scratch:
 
     def free(self) -> int:
         """Return how many bytes the scratch may still grow by before the backup has to end."""
-        space = os.statvfs(self.path)
+        try:
+            space = os.statvfs(self.path)
+        except OSError as e:
+            raise ConnectError(f"{self.path}: {e.strerror}") from e
         floor = min(_FLOOR, space.f_blocks * space.f_frsize // 10)
         return space.f_bavail * space.f_frsize - floor
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Leave a note for whoever takes over that the guest was stopped by us, as long as the block lasts."""
-        with open(os.path.join(self.path, "paused"), "xb"):
-            pass
+        try:
+            with open(os.path.join(self.path, "paused"), "xb"):
+                pass
+        except OSError as e:
+            raise ConnectError(f"{self.path}: {e.strerror}") from e
         yield
         self.resumed()  # not after an error: the undo looks whether the note is there
 

@@ -110,6 +110,33 @@ def test_what_a_killed_view_left_goes_with_the_next(tmp_path: Path, place: Path)
             assert time.monotonic() < deadline
 
 
+def test_a_scratch_that_fills_up_ends_the_view_not_the_guest(tmp_path: Path, place: Path) -> None:
+    disk = GuestDisk(tmp_path / "a.raw", "raw", "vda")
+    run("qemu-img", "create", "-q", "-f", "raw", disk.path, "40M")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=24M", "none", scratch)
+    try:
+        with machine([disk]) as vm:
+            for number in range(40):
+                vm.write(disk, number * MiB, MiB, 0x11)
+            before = state(vm)
+            process = begin_view(vm, place, "--scratch", str(scratch))
+            try:
+                for number in range(40):
+                    vm.write(disk, number * MiB, MiB, 0x22)
+                assert "too little space" in process.communicate(timeout=60)[1]
+            finally:
+                process.kill()
+                process.communicate()
+            assert process.returncode == 1
+            assert state(vm) == before
+            assert disk.path.read_bytes() == b"\x22" * 40 * MiB
+            assert not list(scratch.iterdir())
+    finally:
+        run("umount", "--lazy", scratch)
+
+
 def test_no_such_machine(tmp_path: Path) -> None:
     words = "live", "web01", "--qmp", tmp_path / "qmp", "--mount", tmp_path
     assert "qmp" in backupfs(tmp_path, *words, code=30)

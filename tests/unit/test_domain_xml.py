@@ -60,6 +60,13 @@ def test_disks_in_io_threads() -> None:
     assert found == {"vda": True, "vdb": True, "sda": True, "sdb": False, "vdc": False}
 
 
+def test_disks_that_are_a_part_of_their_image() -> None:
+    whole = "<disk type='file'><source file='/a'/><target dev='vda'/></disk>"
+    part = whole.replace("<source file='/a'/>", "<source file='/a'><slices><slice type='storage'/></slices></source>")
+    found = domain_xml.disks(f"<domain><devices>{whole}{part.replace('vda', 'vdb')}</devices></domain>")
+    assert [disk.sliced for disk in found] == [False, True]
+
+
 def test_agent_and_user() -> None:
     assert domain_xml.agent_state(DOMAIN) == "connected"
     assert domain_xml.agent_state(DOMAIN.replace(" state='connected'", "")) == "disconnected"
