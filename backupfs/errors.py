@@ -79,6 +79,10 @@ class BitmapUnusable(SourceError):
     exit_code = 32
 
 
+class TargetError(BackupfsError):
+    """The file or device that a disk is restored to can't be written, or must not be."""
+
+
 class MountError(BackupfsError):
     """Mounting or unmounting failed."""
 

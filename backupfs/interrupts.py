@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Let SIGINT and SIGTERM wait until the block is over. Off the main thread, where none arrives, it does nothing."""
+    """Let SIGINT, SIGTERM and SIGHUP wait until the block is over. Off the main thread there is nothing to do."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[int] = []
     # Only what raises has to wait: an ignored signal, or one that ends the process, stays as it is.
-    handlers = {n: h for n in (signal.SIGINT, signal.SIGTERM) if callable(h := signal.getsignal(n))}
+    handlers = {n: h for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if callable(h := signal.getsignal(n))}
     try:
         for number in handlers:
             signal.signal(number, lambda came_number, frame: came.append(came_number))

@@ -1,7 +1,7 @@
 """Sizes and times as people write them."""
 
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from backupfs.errors import UsageError
 
@@ -10,6 +10,7 @@ MiB = 1 << 20
 GiB = 1 << 30
 TiB = 1 << 40
 
+_HOURS = {"h": 1, "d": 24, "w": 7 * 24}
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
 _SIZE = re.compile(r"(\d+)\s*(?:([KMGTP])(?:i?B)?|B)?", re.IGNORECASE | re.ASCII)
 
@@ -49,3 +50,15 @@ def parse_time(text: str) -> datetime:
         return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
     except (ValueError, OverflowError) as e:
         raise UsageError(f"not a time: {text!r}; write for example 2026-11-22T20:00:00Z") from e
+
+
+def parse_duration(text: str) -> timedelta:
+    """Return the time that `text` stands for: `36h`, `30d` or `4w`.
+
+    Raises:
+        UsageError: `text` is not a duration.
+    """
+    match = re.fullmatch(r"(\d{1,6})([hdw])", text.strip(), re.ASCII)
+    if match is None:
+        raise UsageError(f"not a duration: {text!r}; write for example 36h, 30d or 4w")
+    return timedelta(hours=int(match[1]) * _HOURS[match[2]])

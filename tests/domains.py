@@ -35,6 +35,7 @@ class Web:
         self.domain: Any = None
         self._number = 0
         self.points: dict[tuple[str, str], tuple[str | None, bytes]] = {}  # by chain and disk: recorder, content
+        self.described: dict[tuple[str, str], str | None] = {}  # the domain, at that point
 
     def make(self, disk: Disk, *options: str) -> None:
         servers.run("qemu-img", "create", "-q", "-f", disk.image_format, *options, disk.path, str(SIZE))
@@ -61,10 +62,11 @@ class Web:
         return Recorders(repository, chain, f"20260101T{self._number:06d}Z")
 
     def tracks(self, machine: Machine, chain: str = "main") -> dict[str, Track]:
-        ends = {d.name: self.points.get((chain, d.name)) for d in machine.disks}
-        return {
-            name: Track(end[0] if end else None, "" if end and end[0] else "no point") for name, end in ends.items()
-        }
+        tracks = {}
+        for disk in machine.disks:
+            recorder = self.points.get((chain, disk.name), (None, b""))[0]
+            tracks[disk.name] = Track(recorder, "" if recorder else "no point", self.described.get((chain, disk.name)))
+        return tracks
 
     @contextmanager
     def moment(self, *names: str, chain: str = "main", **how: Any) -> Iterator[Moment]:
@@ -90,6 +92,7 @@ class Web:
         moment.published()
         for name, content in read.items():
             self.points[chain, name] = moment.recorders.get(name), content
+            self.described[chain, name] = moment.domain_xml
         return read
 
     def take(self, *names: str, chain: str = "main", during: random.Random | None = None, **how: Any) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Mounts for tests: a fake catalogue mounted by a process of its own, and what looks at it from outside."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -108,3 +109,12 @@ def wait_until(condition: Callable[[], object], within_s: float = 10) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def process_of(mountpoint: str) -> int:
+    """Return the id of the process that answers for a mount: the only one whose command line ends so."""
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdecimal() and (folder / "cmdline").read_bytes().endswith(f"\0{mountpoint}\0".encode()):
+                return int(folder.name)
+    raise AssertionError("no process")

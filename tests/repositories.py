@@ -20,18 +20,19 @@ def add_point(
     chain: str = "main",
     full: bool = False,
     step: int = 1 << 18,
-    moment: datetime | None = None,
+    day: int | None = None,
 ) -> Manifest:
     """Add a point of one disk that holds `data`.
 
     Args:
         changed: ranges of whole chunks to give to the writer, their flag: zero; None gives all, unflagged.
         step: bytes of a write; a multiple of the chunk size.
-        moment: the point's; None counts on by the points that there are.
+        day: of the point; None: an hour for each point that is there.
     """
     with repository.writer() as writer:
         end = None if full else writer.chain_ends(vm, [disk], chain)[disk]
-        point = writer.begin(vm, moment or MOMENT + timedelta(hours=len(repository.points(vm))))
+        moment = MOMENT + (timedelta(hours=len(repository.points(vm))) if day is None else timedelta(days=day))
+        point = writer.begin(vm, moment)
         try:
             target = point.add_disk(
                 disk, len(data), end.entry.chain if end else writer.next_chain(vm, disk, chain), end

@@ -54,12 +54,13 @@ def nbdkit(*arguments: str, options: Sequence[str] = ()) -> Iterator[Server]:
 
 
 @contextmanager
-def qemu_nbd(image: Path, *options: str, image_format: str = "raw") -> Iterator[Server]:
-    """Serve an image, read-only, for any number of clients."""
+def qemu_nbd(image: Path, *options: str, image_format: str = "raw", writable: bool = False) -> Iterator[Server]:
+    """Serve an image for any number of clients."""
     need("qemu-nbd")
     with _folder() as folder:
         path = folder / "nbd"
-        command = ["qemu-nbd", "--read-only", "--persistent", "--shared=8", f"--format={image_format}"]
+        mode = [] if writable else ["--read-only"]
+        command = ["qemu-nbd", *mode, "--persistent", "--shared=8", f"--format={image_format}"]
         with _running([*command, f"--socket={path}", *options, str(image)], path) as process:
             yield Server(f"nbd+unix:///?socket={path}", process, folder)
 

@@ -10,14 +10,17 @@ from typing import Any
 import click
 
 from backupfs import __version__
-from backupfs.cli import keep, look, mounts, take
+from backupfs.cli import check, edit, keep, look, mounts, restore, take
 from backupfs.cli.options import repository_option, set_repository
 from backupfs.errors import INTERRUPTED, BackupfsError
 
 _SECTIONS = {
     "Take backups": [take.init, take.backup],
-    "Look": [look.points, look.show, look.map_],
+    "Look": [look.points, look.show, look.map_, look.diff],
     "Mount": [mounts.mount, mounts.live, mounts.umount],
+    "Get back": [restore.restore],
+    "Keep": [edit.edit, keep.delete, keep.prune, keep.gc],
+    "Check": [check.status, check.verify],
     "Repair": [keep.reindex],
 }
 
@@ -63,6 +66,8 @@ def main() -> None:
     """Run the program and exit with its code."""
     logging.basicConfig(format="backupfs: %(levelname)s: %(message)s", level=logging.WARNING)
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, _terminate)  # what was set up in a machine must be undone
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a repository keeps its layers open
     try:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import click
@@ -13,6 +13,20 @@ from backupfs.units import format_size
 
 def print_json(document: Any) -> None:
     click.echo(json.dumps(document, ensure_ascii=False, indent=2))
+
+
+def print_json_list(items: Iterable[Any]) -> None:
+    """Print a list as one JSON document, each item as it comes: a list may be longer than memory is large."""
+    separator = "[\n  "
+    for item in items:
+        sys.stdout.write(separator + json.dumps(item, ensure_ascii=False))
+        separator = ",\n  "
+    sys.stdout.write("[]\n" if separator[0] == "[" else "\n]\n")
+
+
+def tell(message: str) -> None:
+    """Say something to whoever waits."""
+    click.echo(f"backupfs: {message}", err=True)
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:

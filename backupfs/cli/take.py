@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from backupfs.cli.options import json_option, open_repository, pairs, repository_option, repository_path, scratch_option
-from backupfs.cli.output import print_json, print_table, progress_bars
-from backupfs.repository import codec, names
+from backupfs.cli.output import print_json, print_table, progress_bars, tell
+from backupfs.repository import codec, names, results
 from backupfs.repository.format import DEFAULT_CHUNK
 from backupfs.repository.repository import Repository
 from backupfs.services import points as listing
@@ -133,8 +133,13 @@ def backup(
         with open_repository() as repository:
             _print_plan(service.plan(repository, request), as_json)
         return
-    with open_repository() as repository, progress_bars() as progress:
-        manifest = service.backup(repository, request, progress, None if no_wait else _tell)
+    with (
+        open_repository() as repository,
+        results.recording(repository.path, "backup", request.vm) as result,
+        progress_bars() as progress,
+    ):
+        manifest = service.backup(repository, request, progress, None if no_wait else tell)
+        result.facts["point"] = manifest.id
     if as_json:
         print_json(listing.point_summary(manifest))
         return
@@ -142,10 +147,6 @@ def backup(
     for d in manifest.disks:
         stored = f"{format_size(d.data_bytes)} of data, {format_size(d.stored_bytes)} stored"
         click.echo(f"  {d.name}: {d.kind}, {stored}, read {d.read}" + (f" ({d.reason})" if d.reason else ""))
-
-
-def _tell(message: str) -> None:
-    click.echo(f"backupfs: {message}", err=True)
 
 
 def _print_plan(plan: "list[PlannedDisk]", as_json: bool) -> None:

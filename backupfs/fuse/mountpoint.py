@@ -70,9 +70,9 @@ def _unescape(field: str) -> str:
 
 
 def is_dead(path: str) -> bool:
-    """Whether what is mounted at `path` has lost its process. One that hangs is not dead.
+    """Whether what is mounted at `path` has lost its process; one that hangs is not dead.
 
-    statvfs(2) says so: a stat is answered by the kernel alone as long as it believes the last answer.
+    statvfs asks the process each time. What stat says may be out of the kernel's cache, and then of a dead one, too.
     """
     outcome: list[int] = []
 

@@ -58,6 +58,18 @@ def chains(root: str, vm: str, disk: str) -> list[str]:
     return sorted(_listdir(disk_folder(root, vm, disk)))
 
 
+def disks(root: str, vm: str) -> list[str]:
+    """Return the names of a VM's disks, in order."""
+    found = (names.unescape(name) for name in _listdir(os.path.dirname(disk_folder(root, vm, "x"))))
+    return sorted(name for name in found if name)
+
+
+def chain_files(folder: str) -> list[tuple[int, str]]:
+    """Return the seq and the suffix, `.layer` or `.gone`, of a chain's files; other names are passed over."""
+    found = ((names.layer_seq(name), os.path.splitext(name)[1]) for name in _listdir(folder))
+    return [(seq, suffix) for seq, suffix in found if seq is not None]
+
+
 def _listdir(folder: str) -> list[str]:
     try:
         return os.listdir(folder)

@@ -26,7 +26,8 @@ POSITION = np.dtype(
     [("offset", "<u8"), ("xxh3", "<u8"), ("id0", "<u8"), ("id1", "<u8"), ("seq", "<u4"), ("packed", "<u4")]
 )
 PLACE = struct.Struct("<QQ16xII")  # of a position: offset, xxh3, seq, packed
-assert PLACE.size == POSITION.itemsize
+IDENTITY = struct.Struct("<16x16s4xI")  # of a position: its BLAKE3, packed
+assert PLACE.size == IDENTITY.size == POSITION.itemsize
 
 _DIGEST_RECORDS = 1 << 16
 _DIGEST_REGIONS = 64  # resolved at a time where nobody waits: 16,384 chunks
@@ -79,6 +80,7 @@ class ChunkMap:
         self._seq = seq
         self._base = base
         self._base_seq = base.header.seq
+        self._lineage = index.lineage(chain_no, seq)
         self._cache = cache
         self._records = 0  # that the last look-up met: how much the digest takes at a time
 
@@ -110,8 +112,10 @@ class ChunkMap:
         if self._seq != self._base_seq:
             regions, records = self._index.records(self._chain_no, region, region + count)
             self._records = len(records)
-            places = (regions - np.uint64(region)).astype(np.intp) * REGION_CHUNKS + records["chunk"]
-            resolve(places, records, self._seq, positions)
+            # Layers between, of points that were deleted, are no ancestors.
+            seen = self._lineage[np.minimum(records["seq"], self._seq + 1)]
+            places = (regions[seen] - np.uint64(region)).astype(np.intp) * REGION_CHUNKS + records["chunk"][seen]
+            resolve(places, records[seen], self._seq, positions)
         return positions
 
     def occupied(self, first: int, end: int) -> Iterator[int]:

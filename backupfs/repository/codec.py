@@ -1,7 +1,9 @@
 """Permanent codec ids, and how each turns a chunk into a payload and back. May be called from any thread."""
 
 import threading
+from collections.abc import Iterator
 
+import xxhash
 import zstandard
 
 from backupfs.errors import UnsupportedFormat
@@ -16,6 +18,8 @@ NAMES = {"none": NONE, "zstd": ZSTD}
 # Level -4: with the check 60 percent faster than 1, for 25 percent more bytes; ingest is bound by it
 # (tools/bench ingest).
 _LEVEL = -4
+
+_SINGLE_SEGMENT, _CHECKSUM = 1 << 5, 1 << 2  # in a frame header's descriptor
 
 _per_thread = threading.local()
 
@@ -39,6 +43,39 @@ def compress(chunk: bytes | memoryview) -> bytes | None:
         compressor = _per_thread.compressor = zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True)
     payload: bytes = compressor.compress(chunk)
     return payload if len(payload) <= len(chunk) * 15 // 16 else None
+
+
+def compress_to(chunk: bytes, length: int) -> bytes | None:
+    """Return a Zstandard frame of exactly `length` bytes that holds `chunk`, or None when there is none so short.
+
+    For a payload that has to lie where another one lay. Another version of the library may have made that one, so a
+    shorter frame is filled up: with blocks of 0 bytes, which take 3 bytes each, and by writing the header longer.
+    Source: RFC 8878, 3.1.1.
+    """
+    for level in (_LEVEL, 1, 3, 9, 19):
+        payload = zstandard.ZstdCompressor(level=level, write_content_size=True).compress(chunk)
+        if len(payload) == length:
+            return payload
+        for header, checksum in _frame_ends(payload, chunk):
+            body = payload[zstandard.frame_header_size(payload) :]
+            missing = length - len(header) - len(body) - len(checksum)
+            if missing >= 0 and missing % 3 == 0:
+                return header + bytes(missing) + body + checksum
+    return None
+
+
+def _frame_ends(payload: bytes, chunk: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the frame's header and what follows its last block, in all lengths that the format knows."""
+    descriptor, window = payload[4], payload[5:6]
+    if descriptor & _SINGLE_SEGMENT:
+        window = b""
+    for flag, size, minus in ((1, 2, 256), (2, 4, 0), (3, 8, 0)):
+        if 0 <= len(chunk) - minus < 1 << 8 * size:
+            for checked in (0, _CHECKSUM):
+                first = descriptor & ~(3 << 6) & ~_CHECKSUM | flag << 6 | checked
+                header = payload[:4] + bytes([first]) + window + (len(chunk) - minus).to_bytes(size, "little")
+                check = xxhash.xxh64_intdigest(chunk) & 0xFFFFFFFF
+                yield header, check.to_bytes(4, "little") if checked else b""
 
 
 def decompress(payload: bytes | memoryview, chunk_size: int) -> bytes:

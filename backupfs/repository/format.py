@@ -179,11 +179,14 @@ def decode_header(data: bytes, path: str) -> LayerHeader:
     if version != VERSION:
         raise UnsupportedFormat(f"{path}: layer of format version {version}; this backupfs knows version {VERSION}")
     names, position = [], _HEADER.size
-    for _ in range(3):
-        (length,) = _NAME.unpack_from(data, position)
-        position += _NAME.size
-        names.append(data[position : position + length].decode())
-        position += length
+    try:
+        for _ in range(3):
+            (length,) = _NAME.unpack_from(data, position)
+            position += _NAME.size
+            names.append(data[position : position + length].decode())
+            position += length
+    except (struct.error, UnicodeDecodeError) as e:
+        raise Corrupt(path, position, f"the header's names can't be: {e}") from e
     return LayerHeader(
         repository_id, LayerId(layer_id), LayerId(parent_id), parent_seq, seq, chunk_size, virtual_size, *names
     )
@@ -251,11 +254,15 @@ def map_digest(chunk_no: Words, id0: Words, id1: Words) -> tuple[int, int]:
     A sum, so that a delta's digest follows from its parent's and the chunks that changed. It tells damage of the
     index, not malice: for that a chunk's identity is BLAKE3.
     """
+    lane0, lane1 = digest_terms(chunk_no, id0, id1)
+    return int(lane0.sum(dtype=np.uint64)), int(lane1.sum(dtype=np.uint64))
+
+
+def digest_terms(chunk_no: Words, id0: Words, id1: Words) -> tuple[Words, Words]:
+    """Return what each chunk adds to the two lanes of its map's digest."""
     with np.errstate(over="ignore"):
         address = mix64(chunk_no.astype(np.uint64) + np.uint64(1))
-        lane0 = mix64(id0 ^ address).sum(dtype=np.uint64)
-        lane1 = mix64(id1 + address).sum(dtype=np.uint64)
-    return int(lane0), int(lane1)
+        return mix64(id0 ^ address), mix64(id1 + address)
 
 
 def format_digest(lane0: int, lane1: int) -> str:

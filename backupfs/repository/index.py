@@ -5,12 +5,15 @@ Everything here follows from manifests and layer footers. Databases (keys big-en
     meta     b"repository" -> id of the repository; b"version" -> layout version
     points   VM \\0 POINT -> seal of the manifest when it was indexed
     chains   VM \\0 DISK \\0 CHAIN -> chain_no, u32
-    layers   chain_no, seq -> layer id; of the bases too
+    layers   chain_no, seq -> layer id, seq of the parent (its own in a base), check; of the bases too
     chunks   chain_no, region -> records of the deltas (format.RECORD), sorted by chunk and seq
     regions  chain_no, region -> number of records, sum of their checks mod 2^64
 
 LMDB has no page checksums. A record's check covers its key; `regions`, in a tree of its own, tells when a record is
 missing. So a damaged page gives `Corrupt`, not an older version of a chunk.
+
+A chain may hold layers that are no ancestors of a later one: of points that were deleted, which a mount still has open.
+`lineage` says which layers a point sees. Numbers of chains are never used again: caches and open images go by them.
 
 Any thread may call; write transactions live inside one method. Never carried over a fork. A process opens a folder
 once at a time. What is written is complete or absent: one transaction a point.
@@ -24,6 +27,7 @@ from dataclasses import dataclass
 
 import lmdb
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from backupfs.errors import Corrupt, RepositoryError
@@ -39,17 +43,18 @@ from backupfs.repository.format import (
     mix64,
 )
 
-LAYOUT = b"2"
+LAYOUT = b"3"
 _MAP_SIZE = 1 << 40  # address space, not memory; the file grows as it fills
 _U32 = struct.Struct(">I")
 _PAIR = struct.Struct(">II")
 _SUMMARY = struct.Struct("<QQ")
+_LAYER = struct.Struct(">16sIQ")
 _MASK64 = (1 << 64) - 1
 _KEYED_RECORD = np.dtype([("chain", ">u4"), ("region", ">u4"), ("record", RECORD)])
 _LOOK_UPS = 128  # of regions, before the pages that they touched are unmapped
 _MADV_DONTNEED = 4  # Source: <sys/mman.h>
 _libc = ctypes.CDLL(None)
-_BATCH = 16 * 1024  # rows that are indexed at a time
+_BATCH = 16 * 1024  # rows that are indexed, or looked at when layers go, at a time
 
 
 class StaleIndex(Exception):
@@ -138,6 +143,8 @@ class Index:
                     raise StaleIndex("the index belongs to another repository or layout")
         except lmdb.Error as e:
             raise self._corrupt(e) from e
+        except OSError as e:
+            raise RepositoryError(f"{self._file}: the index can't be opened: {e.strerror}") from e
 
     def close(self) -> None:
         """Close the environment; no other thread may be inside."""
@@ -179,12 +186,51 @@ class Index:
 
     def layer_id(self, chain_no: int, seq: int) -> LayerId | None:
         """Return the id of the layer that is indexed under this address, or None."""
+        key = _PAIR.pack(chain_no, seq)
         try:
             with self._env.begin(db=self._layers) as txn:
-                value = txn.get(_PAIR.pack(chain_no, seq))
-            return None if value is None else LayerId(bytes(value))
-        except lmdb.Error as e:
+                value = txn.get(key)
+            return None if value is None else _decode_layer(key, value)[0]
+        except (lmdb.Error, struct.error, ValueError) as e:
             raise self._corrupt(e) from e
+
+    def layers(self, chain_no: int) -> dict[int, int]:
+        """Return, by seq, the parent's seq of every layer of a chain; a base's is its own.
+
+        Raises:
+            Corrupt: an entry is damaged.
+        """
+        found = {}
+        try:
+            with self._env.begin(db=self._layers) as txn:
+                cursor = txn.cursor()
+                going = cursor.set_range(_PAIR.pack(chain_no, 0))
+                while going:
+                    key = bytes(cursor.key())
+                    chain, seq = _PAIR.unpack(key)
+                    if chain != chain_no:
+                        break
+                    found[seq] = _decode_layer(key, bytes(cursor.value()))[1]
+                    going = cursor.next()
+        except (lmdb.Error, struct.error, ValueError) as e:
+            raise self._corrupt(e) from e
+        return found
+
+    def lineage(self, chain_no: int, seq: int) -> npt.NDArray[np.bool_]:
+        """Say of each seq from 0 to `seq` whether a point at `seq` sees that layer; one more, False, for all after it.
+
+        Raises:
+            Corrupt: an ancestor is not in the index.
+        """
+        layers = self.layers(chain_no)
+        seen = np.zeros(seq + 2, np.bool_)
+        while not seen[seq]:
+            seen[seq] = True
+            parent = layers.get(seq)
+            if parent is None or parent > seq:
+                raise self._corrupt(ValueError(f"the parent of layer {seq} is not known"))
+            seq = parent
+        return seen
 
     def last_seq(self, chain_no: int) -> int:
         """Return the highest seq that is indexed of a chain."""
@@ -274,7 +320,7 @@ class Index:
         Layers of one chain come in order of seq.
 
         Raises:
-            StaleIndex: the index holds another layer at one of the addresses, or one between a layer and its parent.
+            StaleIndex: the index holds another layer at one of the addresses.
             RepositoryError: no space.
         """
         try:
@@ -282,19 +328,61 @@ class Index:
                 for layer in layers:
                     self._add_layer(txn, layer)
                 txn.put(f"{vm}\0{point}".encode(), seal, db=self._points)
-        except (lmdb.Error, struct.error) as e:
-            if isinstance(e, lmdb.DiskError) or "Input/output error" in str(e) or "No space" in str(e):
-                raise RepositoryError(f"{self._file}: {e}") from e  # LMDB says EIO of a full disk, too
-            raise self._corrupt(e) from e
+        except (lmdb.Error, struct.error, ValueError) as e:
+            raise self._write_error(e) from e
+
+    def _write_error(self, error: Exception) -> RepositoryError:
+        if isinstance(error, lmdb.DiskError) or "Input/output error" in str(error) or "No space" in str(error):
+            return RepositoryError(f"{self._file}: {error}")  # LMDB says EIO of a full disk, too
+        return self._corrupt(error)
 
     def forget(self, points: Iterable[tuple[str, str]]) -> None:
-        """Take points off the list of what is indexed; their layers stay for the points that follow them."""
+        """Take points off the list of what is indexed; their layers stay for the points that follow them.
+
+        Raises:
+            RepositoryError: no space.
+        """
         try:
             with self._env.begin(write=True, db=self._points) as txn:
                 for vm, point in points:
                     txn.delete(f"{vm}\0{point}".encode())
         except lmdb.Error as e:
-            raise self._corrupt(e) from e
+            raise self._write_error(e) from e
+
+    def remove(self, chain_no: int, dead: set[int]) -> None:
+        """Remove layers that nothing sees any more, by seq, with their records. The chain's number stays taken.
+
+        Broken off, it leaves a part of the records; no point sees them, and doing it again removes them.
+
+        Raises:
+            RepositoryError: no space.
+            Corrupt: a record is damaged or missing.
+        """
+        seqs = np.array(sorted(dead), np.uint32)
+        try:
+            region = self.next_region(chain_no, 0)
+            while region is not None:
+                with self._env.begin(write=True) as txn:  # until it ends nobody else adds records
+                    done = 0
+                    while region is not None and done < _BATCH:
+                        regions, records = self.records(chain_no, region, region + 1)
+                        kept = ~np.isin(records["seq"].astype(np.uint32), seqs)
+                        if not np.all(kept):
+                            self._replace(txn, chain_no, region, regions[kept], records[kept])
+                        done += len(records)
+                        region = self.next_region(chain_no, region + 1)
+            with self._env.begin(write=True, db=self._layers) as txn:
+                for seq in dead:
+                    txn.delete(_PAIR.pack(chain_no, seq))
+        except (lmdb.Error, struct.error) as e:
+            raise self._write_error(e) from e
+
+    def _replace(self, txn: "lmdb.Transaction[bytes]", chain_no: int, region: int, regions: Words, rest: Rows) -> None:
+        key = _PAIR.pack(chain_no, region)
+        txn.delete(key, db=self._chunks)
+        txn.delete(key, db=self._regions)
+        if len(rest):
+            self._put_records(txn, chain_no, regions, rest)
 
     def _add_layer(self, txn: "lmdb.Transaction[bytes]", layer: IndexedLayer) -> None:
         name = _chain_key(layer.vm, layer.disk, layer.chain)
@@ -306,16 +394,11 @@ class Index:
         address = _PAIR.pack(chain_no, layer.seq)
         held = txn.get(address, db=self._layers)
         if held is not None:
-            if held != layer.layer_id:
+            if _decode_layer(address, held)[0] != layer.layer_id:
                 raise StaleIndex(f"another layer is indexed as {layer.vm}/{layer.disk}/{layer.chain}/{layer.seq}")
             return
-        # A layer that is no ancestor, of a point that was taken away, would show through.
-        cursor = txn.cursor(self._layers)
-        if cursor.set_range(_PAIR.pack(chain_no, 0 if layer.parent_seq is None else layer.parent_seq + 1)):
-            found_chain, found_seq = _PAIR.unpack(cursor.key())
-            if found_chain == chain_no:
-                raise StaleIndex(f"layer {found_seq} of {layer.vm}/{layer.disk}/{layer.chain} is no ancestor")
-        txn.put(address, layer.layer_id, db=self._layers)
+        parent = layer.seq if layer.parent_seq is None else layer.parent_seq
+        txn.put(address, _encode_layer(address, layer.layer_id, parent), db=self._layers)
         for rows in gathered(layer.rows, _BATCH):
             self._put_records(txn, chain_no, *_records(rows, layer.seq))
 
@@ -338,8 +421,8 @@ class Index:
 
 def _address_of(path: str) -> int:
     """Return where this process has mapped a file, 0 when that can't be told. Source: proc(5), /proc/PID/maps."""
-    inode = str(os.stat(path).st_ino)
     try:
+        inode = str(os.stat(path).st_ino)
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
             for line in maps:
                 span, _, offset, _, mapped, *_ = line.split()
@@ -348,6 +431,18 @@ def _address_of(path: str) -> int:
     except OSError:
         pass
     return 0
+
+
+def _encode_layer(key: bytes, layer_id: LayerId, parent_seq: int) -> bytes:
+    check = xxhash.xxh3_64_intdigest(key + layer_id + _U32.pack(parent_seq))
+    return _LAYER.pack(layer_id, parent_seq, check)
+
+
+def _decode_layer(key: bytes, value: bytes) -> tuple[LayerId, int]:
+    layer_id, parent_seq, _ = _LAYER.unpack(value)
+    if value != _encode_layer(key, layer_id, parent_seq):
+        raise ValueError("a layer's check does not match")
+    return LayerId(layer_id), parent_seq
 
 
 def _chain_key(vm: str, disk: str, chain: str) -> bytes:

@@ -4,7 +4,7 @@ The last member, `blake3`, covers all bytes before it, so that a flipped bit any
 file still is plain JSON.
 """
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import blake3
 import msgspec
@@ -78,7 +78,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     created: str
 
 
-def seal(document: msgspec.Struct) -> bytes:
+def seal(document: msgspec.Struct | dict[str, Any]) -> bytes:
     """Return the document as JSON with its checksum as the last member."""
     body = msgspec.json.encode(document)[:-1]
     return body + _SEAL + blake3.blake3(body).hexdigest().encode() + b'"}\n'
@@ -115,6 +115,11 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 def _decode(data: bytes, path: str, kind: type[T]) -> T:
     _check_version(data, path)
+    return open_sealed(data, path, kind)
+
+
+def open_sealed(data: bytes, path: str, kind: type[T]) -> T:
+    """Return what `seal` made of a document of this kind. Raises Corrupt."""
     _open_seal(data, path)
     try:
         return msgspec.json.decode(data, type=kind)

@@ -4,6 +4,7 @@ Nothing from outside becomes a path as it is: a name is checked first, then ever
 `A-Z a-z 0-9 _ . - ~` is percent-encoded.
 """
 
+import os
 import re
 from datetime import UTC, datetime
 from urllib.parse import quote, unquote
@@ -81,6 +82,27 @@ def chain_of(chain: str) -> tuple[str, int]:
 def chain_named(name: str, generation: int) -> str:
     """Return the chain's full name; every full backup after the first of a name starts a new generation."""
     return name if generation == 1 else f"{name}.{generation}"
+
+
+LAYER, GONE = ".layer", ".gone"  # a layer; the mark of one that gc removed, whose number must not be used again
+
+
+def layer_seq(name: str) -> int | None:
+    """Return the seq in the name of a layer, or of the mark of one that is gone; None for any other file."""
+    stem, suffix = os.path.splitext(name)
+    if (
+        suffix not in (LAYER, GONE)
+        or not stem.isascii()
+        or not stem.isdecimal()
+        or name != layer_name(int(stem), suffix)
+    ):
+        return None
+    return int(stem)
+
+
+def layer_name(seq: int, suffix: str = LAYER) -> str:
+    """Return the file name of a layer, or of the mark that one is gone."""
+    return f"{seq:06d}{suffix}"
 
 
 def point_id(moment: datetime, ordinal: int) -> str:

@@ -54,25 +54,43 @@ class Payloads:
         Raises:
             Corrupt: the bytes are not those that were written.
         """
-        length, codec_id = packed & LENGTH_MASK, packed >> CODEC_SHIFT
-        if length > self.chunk_size or (codec_id == codec.NONE and length != self.chunk_size):
-            raise Corrupt(self.layer.path, offset, f"a chunk of {length} stored bytes can't be")
-        chunk = self.layer.pread(offset, length)
-        if codec_id == codec.ZSTD:
-            try:
-                chunk = codec.decompress(chunk, self.chunk_size)
-            except ValueError as e:
-                raise Corrupt(self.layer.path, offset, f"the chunk can't be decompressed: {e}") from e
-        elif codec_id != codec.NONE:
-            raise Corrupt(self.layer.path, offset, f"unknown codec {codec_id}")
-        self.check(chunk, offset, xxh3)
-        if codec_id == codec.NONE:
+        chunk = read_chunk(self.layer, offset, packed, xxh3, self.chunk_size)
+        if packed == self.whole:
             self.mark(offset, xxh3)
         return chunk
 
     def mark(self, offset: int, xxh3: int) -> None:
         """Remember that a chunk was found right."""
         self._checked[offset // self.chunk_size] = xxh3 & 0xFFFFFFFF | 1
+
+
+def read_chunk(layer: Layer, offset: int, packed: int, xxh3: int, chunk_size: int) -> bytes:
+    """Return one decoded and checked chunk.
+
+    Args:
+        layer: where it is stored.
+        offset: of its payload in the layer.
+        packed: payload length and codec, as in a record.
+        xxh3: of the decoded chunk.
+        chunk_size: bytes of the decoded chunk.
+
+    Raises:
+        Corrupt: the bytes are not those that were written.
+    """
+    length, codec_id = packed & LENGTH_MASK, packed >> CODEC_SHIFT
+    if length > chunk_size or (codec_id == codec.NONE and length != chunk_size):
+        raise Corrupt(layer.path, offset, f"a chunk of {length} stored bytes can't be")
+    chunk = layer.pread(offset, length)
+    if codec_id == codec.ZSTD:
+        try:
+            chunk = codec.decompress(chunk, chunk_size)
+        except ValueError as e:
+            raise Corrupt(layer.path, offset, f"the chunk can't be decompressed: {e}") from e
+    elif codec_id != codec.NONE:
+        raise Corrupt(layer.path, offset, f"unknown codec {codec_id}")
+    if xxhash.xxh3_64_intdigest(chunk) != xxh3:
+        raise Corrupt(layer.path, offset, "the chunk's checksum does not match")
+    return chunk
 
 
 class Run:

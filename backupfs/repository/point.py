@@ -27,6 +27,7 @@ from backupfs.repository.format import (
 )
 from backupfs.repository.index import Index
 from backupfs.repository.layer import Layer
+from backupfs.repository.locks import Pin
 from backupfs.repository.manifest import DiskEntry
 from backupfs.repository.payloads import Payloads, Run, Scratch
 from backupfs.units import MiB
@@ -48,7 +49,7 @@ def disk_folder(root: str, vm: str, disk: str) -> str:
 
 def layer_path(root: str, vm: str, disk: str, chain: str, seq: int) -> str:
     """Return a layer's path: SEQ.layer in the folder of its chain."""
-    return os.path.join(disk_folder(root, vm, disk), chain, f"{seq:06d}.layer")
+    return os.path.join(disk_folder(root, vm, disk), chain, names.layer_name(seq))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,16 +112,26 @@ def check_address(layer: Layer, repository_id: bytes, chain: Chain, seq: int, la
 
 
 class PointImage:
-    """An Image of one disk at one point."""
+    """An Image of one disk at one point. Until it is closed gc keeps what it sees."""
 
-    def __init__(self, store: LayerStore, chain: Chain, entry: DiskEntry) -> None:
+    def __init__(self, store: LayerStore, chain: Chain, entry: DiskEntry, pin: Pin) -> None:
         self.size = entry.size
         self._store = store
         self._chain = chain
         self._entry = entry
+        self._pin: Pin | None = pin
         self._chunk_size = store.chunk_size
         base = store.layer(chain, 0)
         self.map = ChunkMap(store.index, chain.no, entry.seq, base, store.regions)
+
+    @property
+    def chunk_size(self) -> int:
+        """Bytes of a chunk."""
+        return self._chunk_size
+
+    def layer(self, seq: int) -> Layer:
+        """Return an open layer of the image's chain. Raises NotFound, Corrupt."""
+        return self._store.layer(self._chain, seq)
 
     def readinto(self, offset: int, buffer: Buffer) -> None:
         check_range(self, offset, len(buffer))
@@ -259,4 +270,4 @@ class PointImage:
             )
 
     def close(self) -> None:
-        pass
+        self._pin = None

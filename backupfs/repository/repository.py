@@ -1,11 +1,9 @@
 """A repository: made, opened, listed, written to by one process at a time. From any thread.
 
-Reading takes no lock: what is published never changes. `Repository.writer` takes the writer lock, a flock that the
-kernel drops when the process dies.
+Who excludes whom: locks.py. Reading waits for nobody; `Repository.writer` and `exclusive` take the writer lock.
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 import secrets
@@ -15,13 +13,15 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 
-from backupfs.errors import Corrupt, Locked, NotFound, RepositoryError, UsageError
+from backupfs.errors import Corrupt, NotFound, RepositoryError, UsageError
 from backupfs.repository import catalog, codec, names
+from backupfs.repository.files import fsync_folder, write_new
 from backupfs.repository.format import DEFAULT_CHUNK, MAX_CHUNK, MIN_CHUNK, VERSION
 from backupfs.repository.index import Index, StaleIndex
+from backupfs.repository.locks import Pin, index_lock, writer_lock
 from backupfs.repository.manifest import DiskEntry, Manifest, Settings, decode_manifest, decode_settings, seal, seal_of
-from backupfs.repository.point import CHUNK_CACHE, Chain, LayerStore, PointImage
-from backupfs.repository.writer import ChainEnd, PointWriter, fsync_folder, write_new
+from backupfs.repository.point import CHUNK_CACHE, Chain, LayerStore, PointImage, layer_path
+from backupfs.repository.writer import ChainEnd, PointWriter
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,9 @@ class Repository:
                 codec=codec_name,
                 created=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
             )
-            write_new(os.path.join(path, SETTINGS), seal(settings))
+            temporary = os.path.join(path, "tmp", SETTINGS)
+            write_new(temporary, seal(settings))
+            os.rename(temporary, os.path.join(path, SETTINGS))  # last: there is a whole repository or none
             fsync_folder(path)
             fsync_folder(os.path.dirname(os.path.abspath(path)))
         except OSError as e:
@@ -165,12 +167,21 @@ class Repository:
             NotFound: no such point or disk, or a layer of its chain is missing.
             Corrupt: the manifest, the index or the chain's base is damaged.
         """
+        entry = self._entry(vm, point, disk)
+        image = self._image(vm, point, entry)
+        # It pins what it sees only now. If the point was taken away before that, gc may be at work.
+        if self._entry(vm, point, disk).layer_id != entry.layer_id:
+            raise NotFound(f"point {vm}/{point} was deleted, and another made under its id")
+        return image
+
+    def _entry(self, vm: str, point: str, disk: str) -> DiskEntry:
         entry = self.manifest(vm, point).disk(disk)
         if entry is None:
             raise NotFound(f"point {vm}/{point} has no disk {disk!r}")
-        return self._image(vm, point, entry)
+        return entry
 
     def _image(self, vm: str, point: str, entry: DiskEntry) -> PointImage:
+        pin = Pin(layer_path(self.path, vm, entry.name, entry.chain, entry.seq))
         with self._lock:
             store = self.store
             chain_no = self._chain_no(vm, entry)
@@ -181,7 +192,7 @@ class Repository:
                 chain_no = self._chain_no(vm, entry)
                 if chain_no is None:
                     raise Corrupt(store.index.folder, 0, f"point {vm}/{point} can't be indexed; run backupfs reindex")
-        return PointImage(store, Chain(self.path, vm, entry.name, entry.chain, chain_no), entry)
+        return PointImage(store, Chain(self.path, vm, entry.name, entry.chain, chain_no), entry, pin)
 
     def _chain_no(self, vm: str, entry: DiskEntry) -> int | None:
         """Return the chain's number if the entry's layer is indexed."""
@@ -204,26 +215,8 @@ class Repository:
 
     def _open_index(self) -> Index:
         folder = catalog.index_folder(self.path, self.settings.id)
-        with self._index_lock(folder):
+        with index_lock(folder):
             return self._open_or_build(folder)
-
-    @contextlib.contextmanager
-    def _index_lock(self, folder: str) -> Iterator[None]:
-        """One process at a time opens the index or puts another in its place: it is two files, and they must match.
-
-        Who waits for a rebuild finds it done.
-        """
-        path = f"{folder}.lock"
-        try:
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as e:
-            raise RepositoryError(f"{path}: {e.strerror}") from e
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(fd)
 
     def _open_or_build(self, folder: str) -> Index:
         try:
@@ -269,14 +262,14 @@ class Repository:
         Raises:
             Locked: a backup is running.
         """
-        with self._writer_lock():
+        with writer_lock(self.path, None):
             return self._reindex()
 
     def _reindex(self) -> int:
         with self._lock:
             self.close()
             folder = catalog.index_folder(self.path, self.settings.id)
-            with self._index_lock(folder):
+            with index_lock(folder):
                 self._index = self._build_index(folder)
             self._store = LayerStore(
                 self._index, bytes.fromhex(self.settings.id), self.settings.chunk_size, self._chunk_cache
@@ -299,33 +292,16 @@ class Repository:
             except (RepositoryError, ValueError, struct.error) as e:
                 if isinstance(e, Corrupt) and e.file.startswith(index.folder):
                     raise
-                log.error("point %s/%s can't be indexed: %s", vm, point, e)
+                if os.path.lexists(catalog.manifest_path(self.path, vm, point)):  # else it was deleted meanwhile
+                    log.error("point %s/%s can't be indexed: %s", vm, point, e)
         gone = indexed.keys() - present
         if gone:
-            index.forget(gone)
-
-    @contextlib.contextmanager
-    def _writer_lock(self, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
-        path = os.path.join(self.path, "lock")
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as e:
-            raise RepositoryError(f"{path}: {e.strerror}") from e
-        try:
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as e:
-                holder = os.pread(fd, 64, 0).decode(errors="replace").strip() or "another process"
-                if waiting is None:
-                    message = f"{self.path}: {holder} is writing to this repository; try again when it is done"
-                    raise Locked(message) from e
-                waiting(f"{self.path}: {holder} is writing to this repository; waiting until it is done")
-                fcntl.flock(fd, fcntl.LOCK_EX)
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"process {os.getpid()}\n".encode(), 0)
-            yield
-        finally:
-            os.close(fd)
+                index.forget(gone)
+            except Corrupt:
+                raise
+            except RepositoryError as e:
+                log.warning("deleted points stay in the index for now: %s", e)  # a full disk; it does no harm
 
     @contextlib.contextmanager
     def writer(self, waiting: Callable[[str], None] | None = None) -> Iterator["Writer"]:
@@ -338,19 +314,58 @@ class Repository:
             Locked: another process has it, and it is not waited for.
             RepositoryError: there is hardly any space left.
         """
-        with self._writer_lock(waiting):
+        with self.exclusive(waiting):
+            try:
+                space = os.statvfs(self.path)
+            except OSError as e:
+                raise RepositoryError(f"{self.path}: {e.strerror}") from e
+            if space.f_bavail * space.f_frsize < _RESERVE:
+                raise RepositoryError(f"{self.path}: no space left on the file system (less than 64 MiB free)")
+            _ = self.store
+            yield Writer(self)
+
+    @contextlib.contextmanager
+    def exclusive(self, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+        """Take the writer lock for the `with` block, and remove what dead writers left; needs no free space.
+
+        Args:
+            waiting: as for `writer`.
+
+        Raises:
+            Locked: another process has it, and it is not waited for.
+        """
+        with writer_lock(self.path, waiting):
             try:
                 tmp = os.path.join(self.path, "tmp")
                 os.makedirs(tmp, mode=0o700, exist_ok=True)
                 for name in os.listdir(tmp):
                     os.unlink(os.path.join(tmp, name))
-                space = os.statvfs(self.path)
             except OSError as e:
                 raise RepositoryError(f"{e.filename or self.path}: {e.strerror}") from e
-            if space.f_bavail * space.f_frsize < _RESERVE:
-                raise RepositoryError(f"{self.path}: no space left on the file system (less than 64 MiB free)")
-            _ = self.store
-            yield Writer(self)
+            yield
+
+    def remove_points(self, points: Iterable[tuple[str, str]]) -> None:
+        """Take points, (vm, id), away; inside `exclusive`. When it returns that is on the disk. Moves no data.
+
+        Raises:
+            RepositoryError: one can't be removed, or may come back after a power cut; others may be gone.
+        """
+        folders = set()
+        try:
+            for vm, point in points:
+                path = catalog.manifest_path(self.path, vm, point)
+                folders.add(os.path.dirname(path))
+                os.unlink(path)
+        except OSError as e:
+            raise RepositoryError(f"{e.filename}: can't be removed: {e.strerror}") from e
+        finally:
+            for folder in folders:
+                try:
+                    fsync_folder(folder)
+                except OSError as e:
+                    raise RepositoryError(
+                        f"{folder}: {e.strerror}; points that were removed may come back after a power cut"
+                    ) from e
 
 
 class Writer:

@@ -5,7 +5,6 @@ files in tmp/ and layers that no manifest names, the next writer removes or pass
 """
 
 import contextlib
-import errno
 import os
 import secrets
 import threading
@@ -21,6 +20,7 @@ from backupfs import __version__
 from backupfs.errors import RepositoryError
 from backupfs.repository import codec, names
 from backupfs.repository.chunkmap import POSITION, ChunkMap
+from backupfs.repository.files import fsync_folder, make_folders, rename_new, write_new
 from backupfs.repository.format import (
     ALIGNMENT,
     MAX_DISK,
@@ -273,13 +273,17 @@ class PointWriter:
         """Give up a disk that was begun, as if it never had been."""
         self._disks.remove(writer)
         writer.layer.close()
-        os.unlink(writer.layer.path)
+        with contextlib.suppress(OSError):  # the next writer removes it
+            os.unlink(writer.layer.path)
 
     def _next_seq(self, disk: str, chain: str, last: int) -> int:
-        """Return a number that was never used in the chain: a layer that a crash left behind keeps its own."""
+        """Return a number that was never used in the chain: layers of a crash and of deleted points keep their own."""
         folder = os.path.dirname(layer_path(self._root, self.vm, disk, chain, 0))
-        used = [int(name[:-6]) for name in os.listdir(folder) if name.endswith(".layer") and name[:-6].isdecimal()]
-        return max(last, *used) + 1
+        try:
+            used = [names.layer_seq(name) for name in os.listdir(folder)]
+        except OSError as e:
+            raise RepositoryError(f"{folder}: {e.strerror}") from e
+        return max(last, *(seq for seq in used if seq is not None)) + 1
 
     def finish_disk(
         self,
@@ -335,10 +339,10 @@ class PointWriter:
         try:
             for entry, temporary in self._entries:
                 path = layer_path(self._root, self.vm, entry.name, entry.chain, entry.seq)
-                _make_folders(self._root, os.path.dirname(path))
-                _rename_new(temporary, path)
+                make_folders(self._root, os.path.dirname(path))
+                rename_new(temporary, path)
                 fsync_folder(os.path.dirname(path))
-            _make_folders(self._root, self._points)
+            make_folders(self._root, self._points)
             manifest = Manifest(
                 format=VERSION,
                 repository=self._repository_id,
@@ -356,7 +360,7 @@ class PointWriter:
             data = seal(manifest)
             temporary = os.path.join(self._root, "tmp", f"{secrets.token_hex(16)}.json")
             write_new(temporary, data)
-            _rename_new(temporary, os.path.join(self._points, f"{manifest.id}.json"))
+            rename_new(temporary, os.path.join(self._points, f"{manifest.id}.json"))
             published = True
             fsync_folder(self._points)
         except OSError as e:
@@ -378,46 +382,5 @@ class PointWriter:
         """Remove what was written. After `publish` it does nothing."""
         for writer in self._disks:
             writer.layer.close()
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # it was published; or the next writer removes it
                 os.unlink(writer.layer.path)
-
-
-def write_new(path: str, data: bytes) -> None:
-    """Write a new file and put it on the disk."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _rename_new(temporary: str, path: str) -> None:
-    """Rename without replacing. A hard link does both at once; where there are none, the writer lock has to do."""
-    try:
-        os.link(temporary, path)
-    except OSError as e:
-        if e.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from e
-        os.rename(temporary, path)
-        return
-    os.unlink(temporary)
-
-
-def _make_folders(root: str, folder: str) -> None:
-    """Make `folder` and its parents below `root`, each on the disk before the next."""
-    if folder == root or os.path.isdir(folder):
-        return
-    _make_folders(root, os.path.dirname(folder))
-    os.mkdir(folder, 0o700)
-    fsync_folder(os.path.dirname(folder))
-
-
-def fsync_folder(folder: str) -> None:
-    """Put a folder's names on the disk."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

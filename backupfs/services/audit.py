@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Iterable
 
 from backupfs.image import Image
 
@@ -43,7 +44,7 @@ class Sample:
         self._next += int(min(skip, 1e18)) + 1
 
 
-def first_difference(now: Image, before: Image, chunks: list[int], chunk_size: int) -> int | None:
+def first_difference(now: Image, before: Image, chunks: Iterable[int], chunk_size: int) -> int | None:
     """Return the offset of the first of `chunks` that is not alike in both images, or None.
 
     What one image has beyond the other's end counts as zeroes.

@@ -15,6 +15,7 @@ from backupfs.repository.repository import Repository
 from backupfs.repository.writer import ChainEnd
 from backupfs.services.ingest import DiskBackup, Progress
 from backupfs.sources import Source
+from backupfs.sources.given import GivenDisks
 from backupfs.sources.machine import Machine, Recorders, Track
 from backupfs.sources.pushed import Overlay, PushedSource
 
@@ -70,13 +71,30 @@ def backup(
         SourceError: a disk can't be read; nothing was published.
         RepositoryError: it can't be written; nothing was published.
     """
+    published: list[Manifest] = []
+    try:
+        _backup(repository, request, progress, waiting, published)
+    except KeyboardInterrupt:
+        if not published:
+            raise
+        # Too late to break off: the point is there.
+    return published[0]
+
+
+def _backup(
+    repository: Repository,
+    request: BackupRequest,
+    progress: Progress,
+    waiting: Callable[[str], None] | None,
+    published: list[Manifest],
+) -> None:
     with repository.writer(waiting) as writer, contextlib.ExitStack() as stack:
         machine = request.open()
         stack.callback(machine.close)
         disks = _names(machine)
         ends = dict.fromkeys(disks) if request.full else writer.chain_ends(request.vm, disks, request.chain)
         _check_since(request, {d: end.point if end else None for d, end in ends.items()})
-        tracks = {d: _track(request, end.entry if end else None) for d, end in ends.items()}
+        tracks = {d: _track(repository, request, (end.point, end.entry) if end else None) for d, end in ends.items()}
         point = writer.begin(request.vm, request.moment or datetime.now(UTC))
         stack.callback(point.abandon)
         recorders = Recorders(repository.settings.id, request.chain, point.id)
@@ -85,28 +103,30 @@ def backup(
         point.consistency, point.domain_xml = moment.consistency, moment.domain_xml
         for disk in disks:
             end, source, audit = ends[disk], moment.sources[disk], request.audit
-            # A machine's bitmap carries its point's id; what the user names is the user's word.
+            # A machine's bitmap carries its point's id, and it knows its images' formats; else it is the user's word.
             known_since = tracks[disk].recorder is not None and disk in moment.recorders
-            if isinstance(source, PushedSource) and not source.complete:
-                source, audit, known_since = _laid_over(request, source, end), 0, True
-            reason = tracks[disk].reason
-            taken = DiskBackup(disk, source, end, progress, known_since=known_since, audit=audit, new=reason)
+            probed = isinstance(machine, GivenDisks)
+            if isinstance(source, PushedSource):
+                probed = False
+                if not source.complete:
+                    source, audit, known_since = _laid_over(request, source, end), 0, True
+            taken = DiskBackup(
+                disk,
+                source,
+                end,
+                progress,
+                known_since=known_since,
+                probed=probed,
+                audit=audit,
+                new=tracks[disk].reason,
+            )
             taken.take(writer, point, request.chain, moment.recorders.get(disk))
         moment.check()
         parents = [end.point for end in ends.values() if end]
         parent = max(parents, key=repository.points(request.vm).index, default=None)
-        manifest = None
-        try:
-            with (
-                interrupts.deferred()
-            ):  # between the two the point would be there, and what records since it taken back
-                manifest = writer.commit(point, parent=parent)
-                moment.published()
-        except KeyboardInterrupt:
-            if manifest is None:
-                raise
-            # Too late to break off: the point is there.
-        return manifest
+        with interrupts.deferred():  # in between, the point is there and what records since it is not safe
+            published.append(writer.commit(point, parent=parent))
+            moment.published()
 
 
 def plan(repository: Repository, request: BackupRequest) -> list[PlannedDisk]:
@@ -115,7 +135,7 @@ def plan(repository: Repository, request: BackupRequest) -> list[PlannedDisk]:
         disks = _names(machine)
         ends = {d: None if request.full else repository.chain_end(request.vm, d, request.chain) for d in disks}
         _check_since(request, {d: end[0] if end else None for d, end in ends.items()})
-        tracks = {d: _track(request, end[1] if end else None) for d, end in ends.items()}
+        tracks = {d: _track(repository, request, end) for d, end in ends.items()}
         point = names.point_id(request.moment or datetime.now(UTC), 1)
         reasons = machine.plan(Recorders(repository.settings.id, request.chain, point), tracks)
         return [
@@ -154,11 +174,14 @@ def _names(machine: Machine) -> list[str]:
     return [names.check_name(disk.name, "disk") for disk in machine.disks]
 
 
-def _track(request: BackupRequest, entry: DiskEntry | None) -> Track:
-    """Say what has recorded since the chain's last point, `entry`."""
-    if entry is None:
+def _track(repository: Repository, request: BackupRequest, end: tuple[str, DiskEntry] | None) -> Track:
+    """Say what has recorded since the chain's last point."""
+    if end is None:
         return Track(None, "a new chain was asked for" if request.full else "the first point of its chain")
-    return Track(entry.recorder, "" if entry.recorder else "nothing has recorded since the chain's last point")
+    point, entry = end
+    if not entry.recorder:
+        return Track(None, "nothing has recorded since the chain's last point")
+    return Track(entry.recorder, "", repository.manifest(request.vm, point).domain_xml)
 
 
 def _check_since(request: BackupRequest, ends: Mapping[str, str | None]) -> None:

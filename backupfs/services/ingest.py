@@ -37,6 +37,7 @@ class DiskBackup:
         source: what is read.
         end: where its chain ends; None: a new chain begins.
         known_since: the source's bitmap is known to have recorded since that end; else it is the caller's word.
+        probed: the source's format was found out by looking at the image.
         audit: how many chunks that a bitmap calls clean are compared.
         new: why a chain begins, if one does.
     """
@@ -49,6 +50,7 @@ class DiskBackup:
         progress: Progress,
         *,
         known_since: bool,
+        probed: bool,
         audit: int,
         new: str,
     ) -> None:
@@ -57,6 +59,7 @@ class DiskBackup:
         self._end = end
         self._progress = progress
         self._known_since = known_since
+        self._probed = probed
         self._audited = audit
         self._new = new
         self._read_bytes = 0
@@ -76,7 +79,8 @@ class DiskBackup:
         """
         name, end, source = self._name, self._end, self._source
         chain = writer.next_chain(point.vm, name, chain_name) if end is None else end.entry.chain
-        self._check_format(writer.last_format(point.vm, name))
+        if self._probed:
+            self._check_format(writer.last_format(point.vm, name))
         target = point.add_disk(name, source.size, chain, end)
         self._chunk_size = target.layer.header.chunk_size
         read, reason = self._mode(target.layer.header.seq)
@@ -137,19 +141,20 @@ class DiskBackup:
         Args:
             wanted: given whether a chunk is dirty, says whether it is to be taken.
         """
-        size, chunk = self._source.size, self._chunk_size
-        for start in range(0, size, _WINDOW):
-            length = min(_WINDOW, size - start)
-            zeroes: list[Extent] = []
-            dirties: list[Extent] = []
-            for zero, dirty in self._source.status(start, length):
-                zeroes.append(zero)
-                dirties.extend(self._resized(dirty))
-            end = start + length
-            for zero, dirty in intersect(
-                coalesce(narrow(coalesce(zeroes), chunk, end)), coalesce(widen(coalesce(dirties), chunk, end))
-            ):
+        for start in range(0, self._source.size, _WINDOW):
+            for zero, dirty in self._window(start):
                 yield zero, wanted(dirty.flag)
+
+    def _window(self, start: int) -> Iterator[tuple[Extent, Extent]]:
+        """Cover a window of the disk with pairs of equal extents of whole chunks: (zero, dirty)."""
+        length, chunk = min(_WINDOW, self._source.size - start), self._chunk_size
+        zeroes: list[Extent] = []
+        dirties: list[Extent] = []
+        for zero, dirty in self._source.status(start, length):
+            zeroes.append(zero)
+            dirties.extend(self._resized(dirty))
+        end = start + length
+        return intersect(coalesce(narrow(coalesce(zeroes), chunk, end)), coalesce(widen(coalesce(dirties), chunk, end)))
 
     def _resized(self, dirty: Extent) -> Iterator[Extent]:
         """Call dirty what a bitmap can't know about a disk whose size changed: its old last chunk, all after it.
@@ -177,8 +182,28 @@ class DiskBackup:
             yield extent, wanted
 
     def _audit(self, clean: Sample, clean_zero: Sample) -> int | None:
+        """Return where a chunk that the bitmap calls clean is not as it was: of the samples, and the last with data.
+
+        That one tells whether a disk was cut off and has grown again since, of which QEMU's bitmaps know nothing: all
+        behind the cut is zero then, or dirty.
+        """
         assert self._end is not None
-        return first_difference(self._source, self._end.image, clean.chunks + clean_zero.chunks, self._chunk_size)
+        chunks = {*clean.chunks, *clean_zero.chunks, *self._last_clean()}
+        return first_difference(self._source, self._end.image, chunks, self._chunk_size)
+
+    def _last_clean(self) -> list[int]:
+        """Return the number of the last chunk that is clean, not said to be zero, and had data; none if none is."""
+        assert self._end is not None
+        before = self._end.image
+        for start in reversed(range(0, min(self._source.size, before.size), _WINDOW)):
+            for zero, dirty in reversed(list(self._window(start))):
+                length = min(zero.end, before.size) - zero.offset
+                if zero.flag or dirty.flag or length <= 0:
+                    continue
+                data = [e.end for e in before.extents(zero.offset, length) if not e.flag]
+                if data:
+                    return [(data[-1] - 1) // self._chunk_size]
+        return []
 
     def _ingest(self, target: DiskWriter, plan: Iterator[tuple[Extent, bool]]) -> None:
         """Carry what the plan wants into the layer."""

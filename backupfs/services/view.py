@@ -1,6 +1,8 @@
 """A running VM's disks as they are now, as files: fleecing set up, mounted, and undone when the mount goes."""
 
 import contextlib
+import os
+import signal
 from collections.abc import Callable, Sequence
 
 from backupfs.errors import UsageError
@@ -42,8 +44,11 @@ def view(
         for disk in machine.disks:
             names.check_name(disk.name, "disk")
         with contextlib.closing(machine.view()) as moment:
+            # The mount ends, and with it what fills the scratch. Its session takes the signal as umount.
+            moment.on_broken = lambda: os.kill(os.getpid(), signal.SIGTERM)
             exports = {(vm, name): _uri(source) for name, source in moment.sources.items()}
             show_exports(exports, mountpoint, allow_other=allow_other, on_ready=on_ready)
+            moment.check()
 
 
 def _uri(source: object) -> str:

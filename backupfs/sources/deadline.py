@@ -55,6 +55,16 @@ class Caller:
             limit = self._timeout_s * timeouts
             raise ConnectError(f"{what}: {self._peer} did not answer within {limit:g} s") from e
 
+    def finish(self, limit_s: float) -> bool:
+        """Wait until all calls that were given are over, those too that nobody waits for; return whether they are."""
+        over: Future[None] = Future()
+        self._calls.put((lambda: None, over))
+        try:
+            over.result(limit_s)
+        except TimeoutError:
+            return False
+        return True
+
     def end(self, last: Callable[[], object]) -> None:
         """Let the thread make one last call, after those that it was given, and end. Waits for nothing."""
         self._calls.put((last, Future()))

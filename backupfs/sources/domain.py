@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
+from backupfs import interrupts
 from backupfs.errors import ConnectError, UsageError
 from backupfs.sources import domain_xml
 from backupfs.sources.deadline import Caller
@@ -21,6 +22,7 @@ T = TypeVar("T")
 Freeze = Literal["auto", "never", "require"]
 log = logging.getLogger(__name__)
 
+_THAW_S = 600.0  # a guest with much to write takes its time to freeze
 _LOCAL = ("", "localhost", "localhost.localdomain")
 
 
@@ -48,6 +50,11 @@ def open_domain(
     try:
         wanted = _wanted(found, disks)
         if not found.is_active():
+            sliced = [disk.name for disk in wanted if disk.sliced]
+            if sliced:
+                raise ConnectError(
+                    f"domain {domain}: {', '.join(sliced)} is a part of its image: start the domain first"
+                )
             return StoppedDomain(found, wanted, timeout_s)
         return RunningDomain(found, wanted, freeze=freeze, scratch=scratch, timeout_s=timeout_s)
     except BaseException:
@@ -144,6 +151,11 @@ class Domain:
             if e.get_error_code() == code:
                 return None
             raise ConnectError(f"domain {self.name}: can't {what}: {e}") from e
+
+    def qemu_version(self) -> tuple[int, int]:
+        """Return QEMU's major and minor version."""
+        version = int(self._ask("ask for QEMU's version", self._connection.getVersion))
+        return version // 1_000_000, version // 1000 % 1000
 
     def is_active(self) -> bool:
         """Whether it runs, or is paused. One that is gone does not."""
@@ -256,6 +268,10 @@ class Domain:
             return self._ask("begin a backup", begin, timeouts=4)
         except BaseException:
             broken_off.set()
+            if folder.frozen:  # its thread would die with this process, and nobody thaw
+                log.warning("domain %s: waiting until its file systems are thawed", self.name)
+                with interrupts.deferred():
+                    self._caller.finish(_THAW_S)
             raise
 
     def _freeze(self, *, required: bool, folder: Folder) -> bool:

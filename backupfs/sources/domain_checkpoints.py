@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from backupfs.errors import ConnectError
 from backupfs.sources import domain_xml
 from backupfs.sources.machine import Recorders, Track
-from backupfs.sources.qemu_img import StoredBitmaps, remove_bitmap, stored_bitmaps
+from backupfs.sources.qemu_img import StoredBitmaps, remove_bitmap, stored_bitmaps, too_full
 
 if TYPE_CHECKING:
     from backupfs.sources.domain import Domain
@@ -64,7 +64,10 @@ class Checkpoints:
         there = self._domain.checkpoints()
         for name in {track.recorder for track in tracks.values() if track.recorder}:
             disks = [disk for disk, track in tracks.items() if track.recorder == name and not found[disk]]
-            moved = moved_disks(self._domain, name, [self._disks[disk] for disk in disks]) if name in there else {}
+            were = self._domain.checkpoint_images(name) if name in there else {}
+            for disk in disks:  # libvirt may have lost the checkpoint, or been told of it anew; our manifest has not
+                were.update(images_of(tracks[disk], disk))
+            moved = moved_disks(were, [self._disks[disk] for disk in disks])
             usable = self._usable(name, disks, known=name in there, keep=keep)
             for disk in disks:
                 missing = "" if disk in usable else f"checkpoint {name} has no sound bitmap of the disk"
@@ -120,6 +123,10 @@ class Checkpoints:
             self._domain.delete_checkpoint(name, bitmaps=False)
             remove_stored(name, [self._disks[d] for d in disks], self._timeout_s)
             return
+        full = [path for disk in self._disks.values() if (path := disk.path) is not None and too_full(path)]
+        if full:
+            log.warning("checkpoint %s stays for now: %s: the file system is too full", name, ", ".join(full))
+            return
         try:
             self._domain.delete_checkpoint(name, bitmaps=True)
         except ConnectError as e:
@@ -139,12 +146,20 @@ class Checkpoints:
                 self._domain.delete_checkpoint(name, bitmaps=False)
 
 
-def moved_disks(domain: "Domain", name: str, disks: Iterable[domain_xml.DomainDisk]) -> dict[str, str]:
-    """Say of those disks that have another image than when a checkpoint was made that they have.
+def images_of(track: Track, disk: str) -> dict[str, str]:
+    """Return the description of the image that a disk had at its chain's last point, by the disk; none if unknown."""
+    there = domain_xml.disks(track.domain_xml) if track.domain_xml else []
+    return {found.name: found.description for found in there if found.name == disk}
+
+
+def moved_disks(were: Mapping[str, str], disks: Iterable[domain_xml.DomainDisk]) -> dict[str, str]:
+    """Say of those disks that have another image than at their chain's last point that they have.
 
     Two disks that changed places have a sound bitmap of the checkpoint's name each: the other one's.
+
+    Args:
+        were: by disk, the description of its image then.
     """
-    were = domain.checkpoint_images(name)
     return {
         disk.name: f"its image was {were[disk.name]} at its chain's last point"
         for disk in disks
@@ -159,7 +174,7 @@ def remove_stored(name: str, disks: Iterable[domain_xml.DomainDisk], timeout_s: 
             continue
         try:
             if name in stored_bitmaps(disk.path, timeout_s).names:
-                remove_bitmap(disk.path, name, timeout_s)
+                remove_bitmap(disk.path, name)
         except ConnectError as e:
             log.warning("bitmap %s stays for now: %s", name, e)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from backupfs.errors import BackupfsError, ConnectError, SourceError
 from backupfs.sources import domain_xml
-from backupfs.sources.domain_checkpoints import moved_disks, remove_stored
+from backupfs.sources.domain_checkpoints import images_of, moved_disks, remove_stored
 from backupfs.sources.domain_moment import DomainMoment
 from backupfs.sources.machine import MachineDisk, Recorders, Track
 from backupfs.sources.qemu_img import add_bitmap, stored_bitmaps
@@ -32,6 +32,7 @@ class StoppedDomain:
     def __init__(self, domain: "Domain", disks: Sequence[domain_xml.DomainDisk], timeout_s: float) -> None:
         self._domain = domain
         self._timeout_s = timeout_s
+        self._begun: DomainMoment | None = None
         self._paths: dict[str, str] = {}
         for disk in disks:
             if disk.path is None:
@@ -57,7 +58,7 @@ class StoppedDomain:
             new = _New(self._domain, recorders, [self._wanted[name] for name in tracks], recorded, self._timeout_s)
             undo.callback(new.settle)
             for name in recorded:
-                add_bitmap(self._paths[name], recorders.new, self._timeout_s)
+                add_bitmap(self._paths[name], recorders.new)
             sources: dict[str, Source] = {}
             for name, track in tracks.items():
                 old = None if problems[name] else track.recorder
@@ -67,7 +68,7 @@ class StoppedDomain:
                 self._refuse_other_format(name, source.format)
             self._refuse_running()
             description = self._domain.xml()
-            return DomainMoment(
+            self._begun = DomainMoment(
                 sources=sources,
                 recorders=dict.fromkeys(recorded, recorders.new),
                 consistency="crash",
@@ -76,9 +77,12 @@ class StoppedDomain:
                 publish=new.publish,
                 undo=undo.pop_all(),
             )
+            return self._begun
 
     def close(self) -> None:
         """See `Machine.close`."""
+        if self._begun is not None:
+            self._begun.close()
         self._domain.close()
 
     def _refuse_running(self) -> None:
@@ -101,10 +105,10 @@ class StoppedDomain:
             return f"a {disk.image_format} image has no persistent bitmaps"
         if track.recorder is None:
             return track.reason
-        if track.recorder in checkpoints:
-            moved = moved_disks(self._domain, track.recorder, [disk])
-            if moved:
-                return moved[name]
+        were = self._domain.checkpoint_images(track.recorder) if track.recorder in checkpoints else {}
+        moved = moved_disks({**were, **images_of(track, name)}, [disk])
+        if moved:
+            return moved[name]
         if track.recorder in stored_bitmaps(self._paths[name], self._timeout_s).sound:
             return ""
         return f"the image has no bitmap {track.recorder} that is sound and knows all changes"

@@ -49,6 +49,9 @@ class RunningDomain:
         self._freeze = freeze
         self._scratch = scratch
         self._timeout_s = timeout_s
+        self._begun: DomainMoment | None = None
+        self._formats = {disk.name: disk.image_format for disk in disks}
+        self._io_thread = {disk.name: disk.io_thread for disk in disks}
         self._checkpoints = Checkpoints(domain, disks, timeout_s)
         self.disks = [MachineDisk(d.name, domain.disk_size(d.name), d.description) for d in disks]
 
@@ -84,7 +87,7 @@ class RunningDomain:
                 undo.callback(source.close)
                 source.bitmap_problem = problems[name] or source.bitmap_problem
             job.watch(list(sources.values()))
-            return DomainMoment(
+            self._begun = DomainMoment(
                 sources=sources,
                 recorders=dict.fromkeys(recorded, recorders.new),
                 consistency="frozen" if frozen else "crash",
@@ -93,22 +96,33 @@ class RunningDomain:
                 publish=new.publish,
                 undo=undo.pop_all(),
             )
+            return self._begun
 
     def _open(self, folder: Folder, name: str, *, incremental: bool) -> NbdSource:
         uri = f"nbd+unix:///{quote(name, safe='')}?socket={quote(folder.socket)}"
         bitmap = _BITMAP if incremental else None
         try:
-            return NbdSource(uri, bitmap, self._timeout_s, description=f"{self._domain.name}/{name}")
+            source = NbdSource(uri, bitmap, self._timeout_s, description=f"{self._domain.name}/{name}")
         except ConnectError as e:
             raise ConnectError(f"{e} (does this libvirt run on this host, and see {self._scratch}?)") from e
+        source.format = self._formats[name]
+        return source
 
     def close(self) -> None:
         """See `Machine.close`."""
+        if self._begun is not None:
+            self._begun.close()
         self._domain.close()
 
     def _refuse_if_busy(self, disks: Iterable[str]) -> None:
         """Refuse while something goes on that a backup can't go with; another program's backup, for one."""
         domain = self._domain
+        threaded = [disk for disk in disks if self._io_thread[disk]]
+        if threaded and domain.qemu_version() < (9, 0):
+            raise ConnectError(
+                f"domain {domain.name}: {', '.join(threaded)} runs in an I/O thread; QEMU before 9.0 crashes when a "
+                "backup of such a disk ends: nothing was done. Leave the disk out with --disk, or its device's iothread"
+            )
         problem = domain.job()
         if problem:
             raise ConnectError(f"domain {domain.name}: {problem}: try again when that is over")

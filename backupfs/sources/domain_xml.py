@@ -23,6 +23,8 @@ class DomainDisk:
         below: the descriptions of its backing files, as far as libvirt tells: a running domain's.
         shared: other machines write to it too.
         passed_through: the guest's commands go to the device as they are.
+        sliced: it is a part of its image.
+        io_thread: its device, or its SCSI controller, runs in an I/O thread.
     """
 
     name: str
@@ -32,6 +34,8 @@ class DomainDisk:
     below: frozenset[str]
     shared: bool
     passed_through: bool
+    sliced: bool
+    io_thread: bool
 
 
 def _parse(text: str) -> ElementTree.Element:
@@ -45,6 +49,11 @@ def disks(domain: str) -> list[DomainDisk]:
 
 def _disks(domain: ElementTree.Element) -> list[DomainDisk]:
     found = []
+    threaded = {
+        controller.get("index", "0")
+        for controller in domain.iterfind("./devices/controller[@type='scsi']")
+        if _has_io_thread(controller.find("driver"))
+    }
     for disk in domain.iterfind("./devices/disk"):
         device = disk.get("device", "disk")
         target, source, driver = disk.find("target"), disk.find("source"), disk.find("driver")
@@ -64,9 +73,20 @@ def _disks(domain: ElementTree.Element) -> list[DomainDisk]:
                 ),
                 shared=disk.find("shareable") is not None,
                 passed_through=device == "lun",
+                sliced=source.find("slices") is not None,
+                io_thread=_has_io_thread(driver) or (target.get("bus") == "scsi" and _controller(disk) in threaded),
             )
         )
     return found
+
+
+def _has_io_thread(driver: ElementTree.Element | None) -> bool:
+    return driver is not None and (driver.get("iothread") is not None or driver.find("iothreads") is not None)
+
+
+def _controller(disk: ElementTree.Element) -> str:
+    address = disk.find("address")
+    return "0" if address is None else address.get("controller", "0")
 
 
 def _describe(kind: str, source: ElementTree.Element) -> str:

@@ -7,13 +7,15 @@ only when told that the point is published. In every other case the new one's re
 """
 
 import re
+import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from backupfs.sources.source import Source
 
 PREFIX = "backupfs-"
+_POINT = re.compile(r"\d{8}T\d{6}Z(-|$)", re.ASCII)  # what no chain's name goes on with
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,38 +41,49 @@ class Track:
         recorder: the name of what has recorded since the chain's last point, out of its manifest; None when there is
             no last point, when nothing recorded since, or when all of the disk is to be read anyway.
         reason: why `recorder` is None, in words.
+        domain_xml: libvirt's description of the machine at that point, if it was kept.
     """
 
     recorder: str | None
     reason: str
+    domain_xml: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Recorders:
-    """The names of one repository's chain's recorders: `backupfs-<repository>-<chain>-<point>`.
+    """The names of one repository's chain's recorders: `backupfs-<repository>-<chain>-<point>-<token>`.
 
     Attributes:
         repository: the repository's id.
         chain: its name, as the user knows it.
         point: the id of the point that is being taken.
+        disk: where each disk has a recorder of its own, its name, which is appended: two disks that changed places
+            must not take each other's for their own.
+        token: makes the name unique: two copies of a repository may take a point at the same time.
     """
 
     repository: str
     chain: str
     point: str
+    disk: str = ""
+    token: str = field(default_factory=lambda: secrets.token_hex(4))
+
+    def of(self, disk: str) -> "Recorders":
+        """Return the names of a disk's own recorders."""
+        return replace(self, disk=disk)
 
     @property
     def new(self) -> str:
         """What records from this moment on."""
-        return f"{self._prefix}{self.point}"
+        return f"{self._prefix}{self.point}-{self.token}" + (f"-{self.disk}" if self.disk else "")
 
     @property
     def _prefix(self) -> str:
         return f"{PREFIX}{self.repository[:8]}-{self.chain}-"
 
     def owns(self, name: str) -> bool:
-        """Say whether a recorder is this chain's. Chains' names have dashes in them; points' ids have a fixed form."""
-        return name.startswith(self._prefix) and bool(re.fullmatch(r"\d{8}T\d{6}Z(-\d+)?", name[len(self._prefix) :]))
+        """Say whether a recorder is this chain's, of whichever disk. A chain's name may have dashes in it."""
+        return name.startswith(self._prefix) and bool(_POINT.match(name[len(self._prefix) :]))
 
 
 class Moment(Protocol):
@@ -79,8 +92,7 @@ class Moment(Protocol):
     Attributes:
         sources: by disk. A source's `bitmap` is the old recorder's, or None with a `bitmap_problem` that says why all
             of the disk has to be read. Closed by `close`.
-        recorders: by disk, the name of what records from this moment on; a disk where nothing does is not in it (raw
-            images without persistence are: it lasts as long as QEMU's process).
+        recorders: by disk, the name of what records from this moment on; a disk where nothing does is not in it.
         consistency: `frozen` when the guest's file systems were.
         domain_xml: libvirt's description of the machine.
     """
@@ -141,4 +153,4 @@ class Machine(Protocol):
         """
 
     def close(self) -> None:
-        """Let the connection to the machine go."""
+        """Let the connection to the machine go; first close the moment, if that was not done."""

@@ -5,13 +5,17 @@ connections, and finishes the others' requests on its way. libnbd never blocks h
 says it can. A connection that is cut, or silent for `timeout_s`, ends the wire: every later call raises.
 """
 
+import contextlib
 import errno
+import os
 import select
+import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import nbd
 
@@ -24,6 +28,7 @@ _MAX_REQUEST = 32 * MiB  # what every server takes that does not say. Source: NB
 _NONSENSE = (0, errno.EINVAL, errno.EPROTO)  # libnbd's errno for replies that are none; a socket's are others
 # ... and what it says, with EINVAL, of a connection that was cut, and when a call comes after that.
 _HUNG_UP = ("disconnected", "invalid state", "not in a connected state", "no longer connected")
+_JOIN_S = 1.0  # for all connections but the first: a server may promise them and let them wait for ever
 _SLICE_S = 0.1  # how long the lock is held while waiting, so that close() from another thread gets it
 
 
@@ -63,7 +68,16 @@ class _Connection:
         self.handle.set_strict_mode(self.handle.get_strict_mode() & ~nbd.STRICT_ALIGN)
         # Every completion's error is looked at (CVE-2022-0485), so clearing each buffer first gains nothing.
         self.handle.set_pread_initialize(False)
-        self.handle.aio_connect_uri(uri)
+        try:
+            self.handle.aio_connect_uri(uri)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Cut the connection now. Before it is ready nothing else will do: a traceback may hold the handle for long."""
+        with contextlib.suppress(nbd.Error, OSError), socket.socket(fileno=os.dup(self.handle.aio_get_fd())) as cut:
+            cut.shutdown(socket.SHUT_RDWR)
 
     def notify(self, events: int) -> None:
         """Let libnbd do what the socket is ready for. Raises nbd.Error when the connection is lost."""
@@ -111,8 +125,7 @@ class _Connection:
 class Wire:
     """All connections to one export.
 
-    The first is made at once; more join in as they get ready, since a server may promise them (multi-conn) and then
-    let them wait in its backlog for ever.
+    The first is made at once, the others at the first read.
 
     Args:
         uri: where to.
@@ -137,27 +150,43 @@ class Wire:
         self._lock = threading.Lock()
         self._failure: SourceError | None = None
         self._progress = 0.0  # when something came last, on time.monotonic's clock; whichever thread saw it
-        self._joining: list[_Connection] = []
         self._ready: list[_Connection] = []
+        self._wide = False
         try:
             first = _Connection(uri, contexts)
         except nbd.Error as e:
             raise ConnectError(f"{name}: can't connect: {_reason(e)}") from e
-        self._handshake(first)
+        self._handshake(first, time.monotonic() + timeout_s)
         self._ready.append(first)
-        self.size = _export_size(first.handle, name)
+        try:
+            self.size = _export_size(first.handle, name)
+        except BaseException:
+            first.close()
+            raise
         self.unit = int(first.handle.get_block_size(nbd.SIZE_MINIMUM)) or 1
         self.maximum = int(first.handle.get_block_size(nbd.SIZE_MAXIMUM)) or _MAX_REQUEST
-        if first.handle.can_multi_conn():
-            self._widen()
+
+    def can(self, what: Literal["write", "zero", "flush"]) -> bool:
+        """Say whether the server lets its clients do that."""
+        handle = self._ready[0].handle
+        if what == "write":
+            return not handle.is_read_only()
+        return bool(handle.can_zero() if what == "zero" else handle.can_flush())
 
     def offers(self, context: str) -> bool:
         """Say whether the server answers block status for a metadata context that was asked for."""
         return bool(self._ready[0].handle.can_meta_context(context))
 
-    def _handshake(self, connection: _Connection) -> None:
+    def _handshake(self, connection: _Connection, deadline: float) -> None:
+        """Wait until a connection is ready; when that fails it is closed."""
+        try:
+            self._shake_hands(connection, deadline)
+        except BaseException:
+            connection.close()
+            raise
+
+    def _shake_hands(self, connection: _Connection, deadline: float) -> None:
         poller = select.poll()
-        deadline = time.monotonic() + self._timeout_s
         handle = connection.handle
         while not handle.aio_is_ready():
             left_s = deadline - time.monotonic()
@@ -173,20 +202,61 @@ class Wire:
                 raise ConnectError(f"{self._name}: can't connect: {_reason(e)}") from e
 
     def _widen(self) -> None:
+        """Connect more often, if the server promises that this works (multi-conn), at the first read.
+
+        Only those that get ready soon count. None is left half-way: QEMU (7.2) hangs, and its guest with it, when its
+        server is stopped while a client has not finished its handshake.
+        """
+        self._wide = True
+        if not self._ready[0].handle.can_multi_conn():
+            return
+        deadline = time.monotonic() + _JOIN_S
         for _ in range(_CONNECTIONS - 1):
             try:
-                self._joining.append(_Connection(self._uri, ()))
-            except nbd.Error:
+                connection = _Connection(self._uri, ())
+                self._handshake(connection, deadline)
+                if connection.handle.get_size() != self.size:
+                    connection.close()
+                    return
+            except (nbd.Error, ConnectError):
                 return
+            self._ready.append(connection)
 
     def ask_read(self, request: Request) -> None:
         """Send a read of `request.data`'s length to the connection that has least to do."""
         with self._lock:
             self._check()
+            if not self._wide:
+                self._widen()
             connection = min(self._ready, key=lambda c: c.load)
             try:
                 # The memory itself: libnbd 1.14 never lets go of what it is given inside an nbd.Buffer.
                 cookie = connection.handle.aio_pread(request.data, request.offset)
+            except nbd.Error as e:
+                raise self._fail(e) from e
+            connection.add(cookie, request)
+
+    def ask_write(self, request: Request) -> None:
+        """Send a write of `request.data`, which must not change until it is done."""
+        self._ask(request, lambda handle: handle.aio_pwrite(request.data, request.offset))
+
+    def ask_zero(self, request: Request) -> None:
+        """Send a request to make a range zero. Only where `can_zero` says so."""
+        self._ask(request, lambda handle: handle.aio_zero(request.length, request.offset))
+
+    def ask_flush(self, request: Request) -> None:
+        """Send a request to put all writes that are done on the disk; one connection's flush is for all of them.
+
+        Source: NBD proto.md, NBD_FLAG_CAN_MULTI_CONN.
+        """
+        self._ask(request, lambda handle: handle.aio_flush())
+
+    def _ask(self, request: Request, send: Callable[[nbd.NBD], int]) -> None:
+        with self._lock:
+            self._check()
+            connection = min(self._ready, key=lambda c: c.load)
+            try:
+                cookie = send(connection.handle)
             except nbd.Error as e:
                 raise self._fail(e) from e
             connection.add(cookie, request)
@@ -231,11 +301,9 @@ class Wire:
         """
         with self._lock:
             self._check()
-            connections = (*self._ready, *self._joining)
-            if any(c.handle.aio_is_dead() or c.handle.aio_is_closed() for c in connections):
+            if any(c.handle.aio_is_dead() or c.handle.aio_is_closed() for c in self._ready):
                 self._step()
-                connections = (*self._ready, *self._joining)
-            return {c.handle.aio_get_fd(): _events(c.handle) for c in connections}
+            return {c.handle.aio_get_fd(): _events(c.handle) for c in self._ready}
 
     def turn(self) -> None:
         """Do what there is to do on a descriptor of `events`. Raises SourceError when a connection is lost."""
@@ -245,9 +313,8 @@ class Wire:
 
     def _step(self) -> bool:
         """Poll once. Returns whether a connection with something in flight got on."""
-        self._welcome()
         try:
-            connections = {c.handle.aio_get_fd(): c for c in (*self._ready, *self._joining)}
+            connections = {c.handle.aio_get_fd(): c for c in self._ready}
         except nbd.Error as e:  # a connection died while a request was sent
             raise self._fail(e) from e
         poller = select.poll()
@@ -261,16 +328,8 @@ class Wire:
                 progress = progress or bool(connection.requests)
                 connection.collect()
             except nbd.Error as e:
-                if connection in self._ready:
-                    raise self._fail(e) from e
-                self._joining.remove(connection)
+                raise self._fail(e) from e
         return progress
-
-    def _welcome(self) -> None:
-        for connection in [c for c in self._joining if c.handle.aio_is_ready()]:
-            self._joining.remove(connection)
-            if connection.handle.get_size() == self.size:
-                self._ready.append(connection)
 
     def _check(self) -> None:
         if self._failure is not None:
@@ -286,7 +345,7 @@ class Wire:
 
     def _drop(self, failure: SourceError) -> None:
         self._failure = self._failure or failure
-        self._ready, self._joining = [], []
+        self._ready = []
 
     def close(self) -> None:
         """Say good-bye without waiting for an answer."""

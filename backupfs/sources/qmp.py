@@ -30,7 +30,7 @@ from backupfs.sources.vm_nodes import Blocks, Device, Node, pick
 
 log = logging.getLogger(__name__)
 
-_MIGRATES = ("setup", "active", "device", "pre-switchover", "wait-unplug", "cancelling", "colo", "completed")
+_MIGRATES = ("setup", "active", "device", "pre-switchover", "wait-unplug", "cancelling", "colo")
 _JOBS = ("commit", "stream", "mirror", "backup", "amend", "snapshot-load", "snapshot-save", "snapshot-delete")
 _ENDED = ("concluded", "null")
 # Before, QEMU aborted, and its guest with it, when a client left the NBD export of a disk in an I/O thread (seen with
@@ -68,6 +68,7 @@ class QmpMachine:
         self._monitor = monitor
         self._scratch = scratch
         self._timeout_s = timeout_s
+        self._begun: QmpMoment | None = None
         blocks = ask_blocks(monitor)
         devices = pick(blocks, disks)
         if not devices:
@@ -87,7 +88,7 @@ class QmpMachine:
         images = {blocks.image(device).name for device in blocks.devices}
         elsewhere = [node for name, node in blocks.nodes.items() if name not in images]
         return {
-            device.name: recording.problem(image, recorders, tracks[device.name], elsewhere, held=held)
+            device.name: recording.problem(image, recorders.of(device.name), tracks[device.name], elsewhere, held=held)
             for device, image in self._images(blocks, tracks)
         }
 
@@ -99,7 +100,10 @@ class QmpMachine:
         """Raise SourceError when the machine can't be backed up now."""
         path = self._monitor.path
         migration = ask_status(self._monitor, "query-migrate")
-        if migration in _MIGRATES or migration.startswith("postcopy"):
+        if migration == "completed":  # on this host, or from this host: there it stays paused
+            status = str(self._monitor.execute("query-status")["status"])
+            migration = "completed, away" if status in ("postmigrate", "inmigrate") else "none"
+        if migration in (*_MIGRATES, "completed, away") or migration.startswith("postcopy"):
             raise SourceError(
                 f"{path}: the machine is being migrated, or has been ({migration}): back it up afterwards"
             )
@@ -137,7 +141,7 @@ class QmpMachine:
             Fleeced(number, device, image, None if problems[device.name] else tracks[device.name].recorder)
             for number, (device, image) in enumerate(self._images(blocks, tracks))
         ]
-        moment = QmpMoment(self._monitor, disks, recorders, problems, self._timeout_s)
+        moment = self._begun = QmpMoment(self._monitor, disks, recorders, problems, self._timeout_s)
         if has_filter(self._monitor, blocks) and all(disk.device.path for disk in disks):
             try:
                 return moment.begin(self._scratch, "filter")
@@ -182,13 +186,17 @@ class QmpMachine:
         for device, image in self._images(blocks, tracks):
             old = tracks[device.name].recorder
             if old is not None and not problems[device.name]:
-                parts[device.name] = recording.fold(image, recorders, old, keep=recording.is_full(image))
+                parts[device.name] = recording.fold(
+                    image, recorders.of(device.name), old, keep=recording.is_full(image)
+                )
             else:  # nobody knows of one that has this point's name
-                parts[device.name] = recording.remove(image, [recorders.new])
+                parts[device.name] = recording.remove(image, [recorders.of(device.name).new])
         for name, reason in submit(self._monitor, parts).items():
             problems[name] = problems[name] or f"the bitmaps of a broken off backup can't be put together: {reason}"
         return problems
 
     def close(self) -> None:
         """See `Machine.close`."""
+        if self._begun is not None:
+            self._begun.close()
         self._monitor.close()

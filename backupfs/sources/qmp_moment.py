@@ -49,7 +49,7 @@ class QmpMoment:
     ) -> None:
         self._sources: dict[str, Source] = {}
         self.sources: Mapping[str, Source] = self._sources
-        self.recorders: Mapping[str, str] = {d.device.name: recorders.new for d in disks if recorders}
+        self.recorders: Mapping[str, str] = {d.device.name: recorders.of(d.device.name).new for d in disks if recorders}
         self._monitor = monitor
         self._disks = disks
         self._names = recorders
@@ -61,6 +61,7 @@ class QmpMoment:
         self._published = False
         self._over = threading.Event()
         self._watch: threading.Thread | None = None
+        self.on_broken: Callable[[], None] = lambda: None  # called in a thread when the scratch got full
 
     def begin(self, folder: str, method: Method) -> "QmpMoment":
         """Make the moment, and open the sources; `folder`: for the scratch.
@@ -83,10 +84,15 @@ class QmpMoment:
         uid = owner(self._monitor.pid)
         for disk in self._disks:
             self._folder.create_image(disk.number, disk.node.size, uid, self._timeout_s)
+        self._folder.hand_over(uid)
         self._session = Session(self._monitor, self._folder, self._disks, method)
         self._session.prepare()
-        names = self._names
-        self._session.freeze({d.device.name: recording.rotate(d.node, names, d.old) for d in self._disks if names})
+        turns = {}
+        if self._names is not None:
+            for disk in self._disks:
+                own = self._names.of(disk.device.name)
+                turns[disk.device.name] = recording.rotate(disk.node, own, disk.old)
+        self._session.freeze(turns)
         self._watch = threading.Thread(target=self._watch_space, args=(self._folder,), name="scratch", daemon=True)
         self._watch.start()
         for disk in self._disks:
@@ -100,13 +106,14 @@ class QmpMoment:
     def _watch_space(self, folder: scratch.Scratch) -> None:
         """End the exports before the scratch fills its file system. Whoever reads gets an error then."""
         while not self._over.wait(_LOOK_S):
-            with contextlib.suppress(OSError, SourceError):
+            with contextlib.suppress(SourceError):
                 if folder.free() <= 0 and self._session is not None:
                     self._failure = (
                         f"{folder.path}: too little space is left for what the guest overwrites during the backup; "
                         "give it another folder with --scratch, or back up while the guest writes less"
                     )
                     self._session.cut()
+                    self.on_broken()
                     return
 
     def _explain(self, error: SourceError) -> SourceError:
@@ -114,7 +121,7 @@ class QmpMoment:
         if self._failure is not None:
             return SourceError(self._failure)
         if isinstance(error, ProtocolError) and self._folder is not None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(SourceError):
                 left = format_size(max(self._folder.free(), 0))
                 return ProtocolError(
                     f"{error}; the disk can't be read, or {self._folder.path} was full or too slow to keep what the "
@@ -167,14 +174,15 @@ class QmpMoment:
             node = nodes.get(disk.node.name)
             if node is None:
                 continue
+            own = names.of(disk.device.name)
             full = recording.is_full(node)
             old = node.bitmaps.get(disk.old) if disk.old else None
             if self._published:
-                parts[disk.device.name] = [] if full else recording.retire(node, names)
+                parts[disk.device.name] = [] if full else recording.retire(node, own)
             elif old is not None and old.usable:
-                parts[disk.device.name] = recording.fold(node, names, old.name, keep=full)
+                parts[disk.device.name] = recording.fold(node, own, old.name, keep=full)
             else:
-                parts[disk.device.name] = recording.remove(node, [names.new])
+                parts[disk.device.name] = recording.remove(node, [own.new])
         for name, reason in submit(self._monitor, parts).items():
             log.warning("%s: the bitmaps of disk %s stay as they are: %s", self._monitor.path, name, reason)
 

@@ -9,16 +9,15 @@ and what changed since the chain's last point is in the old one and in the other
 An old one that is stopped while none of the others records has missed something.
 """
 
-import os
 from collections.abc import Iterable
 from typing import Any
 
 from backupfs.sources.machine import Recorders, Track
+from backupfs.sources.qemu_img import too_full
 from backupfs.sources.vm_nodes import Bitmap, Node
-from backupfs.units import KiB, MiB
+from backupfs.units import KiB
 
 GRANULARITY = 64 * KiB
-_ROOM = 16 * MiB
 
 Action = dict[str, Any]
 
@@ -94,15 +93,5 @@ def _action(verb: str, **data: object) -> Action:
 
 
 def is_full(node: Node) -> bool:
-    """Say whether an image's file system is too full to remove bitmaps from it.
-
-    QEMU (7.2) writes the list of an image's bitmaps anew then. Where there is no space it says that it did, and leaves
-    an image that is damaged. A bitmap that stays costs only that the next backup reads more. Source: QEMU issue 3516
-    """
-    if not node.persistent or not os.path.isabs(node.file):
-        return False
-    try:
-        space = os.statvfs(node.file)
-    except OSError:
-        return False  # not a file, or not in our sight
-    return space.f_bavail * space.f_frsize < _ROOM
+    """Say whether bitmaps must not be removed from an image now."""
+    return node.persistent and too_full(node.file)

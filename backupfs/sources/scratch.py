@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import socket
+import stat
 import subprocess
 from collections.abc import Iterator
 
@@ -68,7 +69,7 @@ class Scratch:
         return os.path.join(self.path, f"{number}.qcow2")
 
     def create_image(self, number: int, size: int, uid: int | None, timeout_s: float) -> None:
-        """Make a disk's scratch of `size` bytes. It takes up what the guest overwrites.
+        """Make a disk's scratch of `size` bytes, before `hand_over`. It takes up what the guest overwrites.
 
         Raises:
             ConnectError: it can't be made.
@@ -85,17 +86,34 @@ class Scratch:
             raise ConnectError(f"{path}: {done.stderr.decode(errors='replace').strip().removeprefix('qemu-img: ')}")
         _give(path, uid)
 
+    def hand_over(self, uid: int | None) -> None:
+        """Give the folder to QEMU's user. Nothing is made in it by name after that: a link could lie in wait there.
+
+        Raises:
+            ConnectError: it can't be given.
+        """
+        try:
+            _give(self.path, uid)
+        except OSError as e:
+            raise ConnectError(f"{self.path}: can't be given to QEMU's user {uid}: {e.strerror}") from e
+
     def free(self) -> int:
         """Return how many bytes the scratch may still grow by before the backup has to end."""
-        space = os.statvfs(self.path)
+        try:
+            space = os.statvfs(self.path)
+        except OSError as e:
+            raise ConnectError(f"{self.path}: {e.strerror}") from e
         floor = min(_FLOOR, space.f_blocks * space.f_frsize // 10)
         return space.f_bavail * space.f_frsize - floor
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Leave a note for whoever takes over that the guest was stopped by us, as long as the block lasts."""
-        with open(os.path.join(self.path, "paused"), "xb"):
-            pass
+        try:
+            with open(os.path.join(self.path, "paused"), "xb"):
+                pass
+        except OSError as e:
+            raise ConnectError(f"{self.path}: {e.strerror}") from e
         yield
         self.resumed()  # not after an error: the undo looks whether the note is there
 
@@ -130,14 +148,12 @@ class Scratch:
 
     def remove(self) -> None:
         """Remove the folder and what we put there; let go of the lock. Raises OSError when something is left."""
-        for folder in (os.path.join(_SHORT, self.name), self.path):
-            try:
-                _empty(folder)
-            except FileNotFoundError:
-                continue
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        try:
+            for folder in (self.path, os.path.join(_SHORT, self.name)):
+                with contextlib.suppress(FileNotFoundError):
+                    _empty(folder)
+        finally:
+            self.release()
 
     def discard(self) -> None:
         """Remove the folder as far as it can be; what can't is logged."""
@@ -176,7 +192,6 @@ def make(scratch: str, repository: str, pid: int) -> Scratch:
         if folder.socket != folder.sockets[0]:
             os.mkdir(os.path.dirname(folder.socket), 0o700)
             _give(os.path.dirname(folder.socket), uid)
-        _give(path, uid)
     except OSError as e:
         with contextlib.suppress(OSError):
             folder.remove()
@@ -205,6 +220,10 @@ def take(path: str) -> Scratch | None:
         lock = os.open(os.path.join(path, "lock"), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return Scratch(path, None)  # removed by hand, or killed before it was there
+    status = os.fstat(lock)
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+        os.close(lock)  # anybody can make such a folder in /var/tmp, and QEMU's user such a lock in ours
+        return Scratch(path, None)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:

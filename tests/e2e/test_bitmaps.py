@@ -256,7 +256,8 @@ def test_a_second_backup_waits_or_is_refused(repo: Path) -> None:
     assert [p["disks"][0]["seq"] for p in backupfs_json(repo, "points")] == [0, 1]
 
 
-def test_a_backup_that_waits_can_be_interrupted(repo: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_backup_that_waits_can_be_interrupted(repo: Path, number: signal.Signals) -> None:
     with open(repo / "lock", "rb+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         second = subprocess.Popen(
@@ -264,6 +265,23 @@ def test_a_backup_that_waits_can_be_interrupted(repo: Path) -> None:
         )
         assert second.stderr is not None
         assert "waiting" in second.stderr.readline()
-        second.send_signal(signal.SIGINT)
+        second.send_signal(number)
         assert second.wait(30) == 130
         second.stderr.close()
+
+
+class _Interrupted(GivenDisks):
+    """Ctrl-C comes while what was set up is undone."""
+
+    def close(self) -> None:
+        super().close()
+        raise KeyboardInterrupt
+
+
+def test_a_ctrl_c_that_comes_too_late_does_not_call_a_published_point_unpublished(repo: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(os.urandom(MiB))
+    with Repository.open(str(repo)) as repository:
+        request = BackupRequest("web01", lambda: _Interrupted([GivenDisk("vda", str(disk), None)]))
+        taken = backup(repository, request, lambda *_: None)
+        assert repository.points("web01") == [taken.id]

@@ -6,31 +6,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import BACKUPFS, backupfs, backupfs_json
-from domains import Web, two_disks
-from libvirtd import Libvirt, libvirtd, wait_until
+from domains import Web
+from libvirtd import wait_until
 from repositories import read_point
 
 from backupfs.repository.repository import Repository
 
 ROUNDS = 60 if os.environ.get("BACKUPFS_LONG") else 8
-
-
-@pytest.fixture(scope="module")
-def daemon() -> Iterator[Libvirt]:
-    with libvirtd() as daemon:
-        yield daemon
-
-
-@pytest.fixture
-def web(daemon: Libvirt) -> Iterator[Web]:
-    with two_disks(daemon) as web:
-        yield web
 
 
 @pytest.fixture

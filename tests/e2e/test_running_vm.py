@@ -20,7 +20,7 @@ from servers import need, run
 
 from backupfs.repository.repository import Repository
 from backupfs.sources import qmp
-from backupfs.units import MiB
+from backupfs.units import KiB, MiB
 
 ROUNDS = 20 if os.environ.get("BACKUPFS_LONG") else 2
 SIZE = 48 * MiB
@@ -151,3 +151,23 @@ def test_dry_run_touches_nothing(tmp_path: Path, repo: Path) -> None:
         assert "no disk 'vdz'" in backupfs(
             repo, "backup", "web01", "--qmp", m.qmp_path, "--disk", "vdz", "--scratch", str(tmp_path), code=10
         )
+
+
+def test_a_raw_disk_that_was_cut_and_grew_back(tmp_path: Path, repo: Path) -> None:
+    """In the middle of a chunk, which no bitmap tells of. What is behind the cut is zero then."""
+    (tmp_path / "scratch").mkdir()
+    disk = make_disks(tmp_path)[1]
+    with machine([disk]) as m:
+        m.write(disk, 0, SIZE // 2, 0x11)
+        m.write(disk, SIZE // 2, SIZE // 2, 0x22)
+        back_up(repo, m)
+        for cut, written in ((SIZE - 4 * KiB, None), (SIZE // 2 + 20 * KiB, SIZE - 8 * MiB)):
+            for size in (cut, SIZE):
+                m.qmp("block_resize", node_name=f"{disk.name}-fmt", size=size)
+            if written is not None:
+                m.write(disk, written, MiB, 0x33)
+            point = back_up(repo, m, "--audit", "0")
+            assert [d["read"] for d in point["disks"]] == ["all"]
+            assert "does not know of a change" in point["disks"][0]["reason"]
+            with Repository.open(str(repo)) as repository:
+                assert read_point(repository, point["id"], disk=disk.name) == disk.path.read_bytes()

@@ -30,7 +30,8 @@ while :; do
   read -r line <&3 || { sleep 0.1; continue; }  # ends as long as libvirt has not opened its side
   case "$line" in
     *guest-sync*) id=${line##*'"id":'}; echo "{\\"return\\": ${id%%[!0-9]*}}" >&3 ;;
-    *fsfreeze-freeze*) fsfreeze --freeze /mnt && echo freeze >>/tmp/said; echo '{"return": 1}' >&3 ;;
+    *fsfreeze-freeze*) [ -e /tmp/slow ] && sleep 12
+      fsfreeze --freeze /mnt && echo freeze >>/tmp/said; echo '{"return": 1}' >&3 ;;
     *fsfreeze-thaw*) fsfreeze --unfreeze /mnt && echo thaw >>/tmp/said; echo '{"return": 1}' >&3 ;;
   esac
 done
@@ -126,6 +127,7 @@ def test_a_guest_is_frozen_for_the_moment_only(daemon: Libvirt) -> None:
         with web.moment(freeze="never") as moment:
             assert (moment.consistency, frozen_and_thawed(guest)) == ("crash", 0)
         _the_backup_fails(web, guest)
+        _the_guest_is_slow(web, guest)
         _backupfs_is_killed(web, guest)
         stop_agent(web, guest)
         with web.moment() as moment:
@@ -142,6 +144,15 @@ def _the_backup_fails(web: Web, guest: Guest) -> None:
         domain.begin_backup = lambda backup, *rest: begin(backup.replace("vdb", "vdz"), *rest)
         with pytest.raises(ConnectError, match="vdz"):
             machine.begin(web.recorders(), web.tracks(machine))
+    assert frozen_and_thawed(guest) == 1
+
+
+def _the_guest_is_slow(web: Web, guest: Guest) -> None:
+    """It freezes when nobody waits for that any more: it must be thawed all the same."""
+    guest.run("touch /tmp/slow")
+    with closing(web.open(timeout_s=2.0)) as machine, pytest.raises(ConnectError, match="did not answer within 8 s"):
+        machine.begin(web.recorders(), web.tracks(machine))
+    guest.run("rm /tmp/slow")
     assert frozen_and_thawed(guest) == 1
 
 

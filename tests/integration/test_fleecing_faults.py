@@ -74,14 +74,19 @@ def two_disks(folder: Path) -> Iterator[tuple[Machine, list[GuestDisk]]]:
         yield m, disks
 
 
+def chain_by(folder: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> Chain:
+    """Return a chain whose points are taken by the filter or by the job."""
+    if method == "job":
+        monkeypatch.setattr(qmp, "has_filter", lambda monitor, blocks: False)
+    (folder / "scratch").mkdir()
+    return Chain(folder / "scratch")
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["refused", "cut before", "cut after", "interrupted"])
 def test_every_command_fails_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, method: str) -> None:
     chance = random.Random(f"{kind} {method}")
-    if method == "job":
-        monkeypatch.setattr(qmp, "has_filter", lambda monitor, blocks: False)
-    (tmp_path / "scratch").mkdir()
-    chain = Chain(tmp_path / "scratch")
+    chain = chain_by(tmp_path, monkeypatch, method)
     with two_disks(tmp_path) as (m, disks):
         chain.take(m)
         for at in range(1 + chance.randrange(STRIDE), 1000, STRIDE):
@@ -140,10 +145,7 @@ machine.close()
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_killed_at_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, after: bool) -> None:
     chance = random.Random(f"{after} {method}")
-    if method == "job":
-        monkeypatch.setattr(qmp, "has_filter", lambda monitor, blocks: False)
-    (tmp_path / "scratch").mkdir()
-    chain = Chain(tmp_path / "scratch")
+    chain = chain_by(tmp_path, monkeypatch, method)
     with two_disks(tmp_path) as (m, disks):
         chain.take(m)
         for at in range(1 + chance.randrange(STRIDE), 1000, STRIDE):

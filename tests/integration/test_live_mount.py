@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from exports import Export, readers_of
-from mounts import fails_with, needs_fuse, pread, unmount_all, wait_until
+from mounts import fails_with, needs_fuse, pread, process_of, unmount_all, wait_until
 from repositories import add_point
 
 from backupfs.errors import UsageError
@@ -68,11 +68,7 @@ class LiveMount:
         ).stdout
 
     def process(self) -> int:
-        for folder in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                if folder.name.isdecimal() and (folder / "cmdline").read_bytes().endswith(f"\0{self.path}\0".encode()):
-                    return int(folder.name)
-        raise AssertionError("no process")
+        return process_of(self.path)
 
     def said(self) -> str:
         return Path(background.log_path(self.path)).read_text()

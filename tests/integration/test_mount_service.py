@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mounts import LANES, choose_lane, fails_with, needs_fuse, unmount_all, wait_until
+from mounts import LANES, choose_lane, fails_with, needs_fuse, process_of, unmount_all, wait_until
 from repositories import add_point
 
 from backupfs.errors import Corrupt, MountError, NotFound
@@ -42,12 +42,7 @@ class RealMount:
         return f"{self.path}/web01/{point}/{name}"
 
     def process(self) -> int:
-        """Return the id of the process that answers: the only one with this command line."""
-        for folder in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                if folder.name.isdecimal() and (folder / "cmdline").read_bytes().endswith(f"\0{self.path}\0".encode()):
-                    return int(folder.name)
-        raise AssertionError("no process")
+        return process_of(self.path)
 
 
 @pytest.fixture(params=LANES)

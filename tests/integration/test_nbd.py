@@ -15,6 +15,7 @@ from servers import Server, nbdkit, need, qemu_nbd, run, storage_daemon
 
 from backupfs.errors import ConnectError, ProtocolError, UsageError
 from backupfs.extents import Extent
+from backupfs.sources import nbd as nbd_module
 from backupfs.sources import open_source
 from backupfs.units import KiB, MiB
 
@@ -377,3 +378,29 @@ def test_the_last_bytes_of_a_disk_that_is_no_multiple_of_the_minimum_are_asked_f
         source.readinto(4000, bytearray(100))
         assert lies.asked == [(8192, 1808), (0, 8192)]
         source.close()
+
+
+@pytest.mark.parametrize("turn", [1, 2, 3])
+def test_a_handshake_that_is_broken_off_is_cut(monkeypatch: pytest.MonkeyPatch, turn: int) -> None:
+    """Even while the exception is still held: QEMU hangs when its server is stopped while a client is half-way in."""
+    turns = 0
+    notify = nbd_module._Connection.notify
+
+    def interrupted(connection: nbd_module._Connection, events: int) -> None:
+        nonlocal turns
+        turns += 1
+        if turns == turn:
+            raise KeyboardInterrupt
+        notify(connection, events)
+
+    monkeypatch.setattr(nbd_module._Connection, "notify", interrupted)
+    with nbdkit("memory", "1M") as server:
+        process = f"/proc/{server.process.pid}/fd"
+        before = len(os.listdir(process))
+        with pytest.raises(KeyboardInterrupt) as caught:
+            open_source(server.uri, timeout_s=10)
+        deadline = time.monotonic() + 10
+        while len(os.listdir(process)) > before:
+            assert time.monotonic() < deadline, "the server still has the connection"
+            time.sleep(0.01)
+        assert caught.value.__traceback__ is not None

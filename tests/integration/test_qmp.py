@@ -5,6 +5,7 @@ import pwd
 import signal
 import socket
 import stat
+import subprocess
 import tempfile
 import threading
 import time
@@ -16,8 +17,9 @@ from moments import Chain, assert_clean
 from servers import run
 
 from backupfs.errors import ConnectError, Locked, NotFound, ProtocolError, SourceError, UsageError
+from backupfs.sources import scratch
 from backupfs.sources.machine import Moment, Recorders, Track
-from backupfs.sources.monitor import Monitor, Refused
+from backupfs.sources.monitor import Monitor, Refused, started
 from backupfs.sources.qmp import QmpMachine, open_qmp
 from backupfs.units import MiB
 
@@ -67,10 +69,6 @@ def test_something_else_answers(tmp_path: Path, said: bytes, words: str) -> None
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "s"))
         listener.listen()
-        with socket.socket(socket.AF_UNIX) as early:  # so that the answer is there before the question
-            early.connect(str(tmp_path / "s"))
-            server, _ = listener.accept()
-            server.close()
 
         def answer() -> None:
             peer, _ = listener.accept()
@@ -321,3 +319,51 @@ def test_qemu_talks_nonsense(
             with pytest.raises(ProtocolError):
                 chain.take(m)
         assert_clean(m, chain)
+
+
+def test_the_scratch_is_made_before_qemus_user_gets_its_folder(tmp_path: Path) -> None:
+    """Or a link that lies in wait there would have root write where it points."""
+    nobody = pwd.getpwnam("nobody").pw_uid
+    with subprocess.Popen(["setpriv", f"--reuid={nobody}", "--clear-groups", "sleep", "100"]) as process:
+        folder = scratch.make(str(tmp_path), "0" * 32, process.pid)
+        try:
+            assert os.stat(folder.path).st_uid == os.geteuid()
+            folder.create_image(0, MiB, nobody, 20.0)
+            assert os.stat(folder.path).st_uid == os.geteuid()
+            folder.hand_over(nobody)
+            assert os.stat(folder.path).st_uid == os.stat(folder.image(0)).st_uid == nobody
+        finally:
+            folder.discard()
+            process.kill()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "fifo"])
+def test_a_folder_that_somebody_planted_is_not_believed(disk: GuestDisk, chain: Chain, kind: str) -> None:
+    """Anybody can make one in /var/tmp. It says here that the guest was stopped by a backup of ours."""
+    planted = chain.scratch / "backupfs-01234567-89abcdef"
+    planted.mkdir()
+    (planted / "paused").touch()
+    with machine([disk]) as m:
+        if kind == "fifo":
+            os.mkfifo(planted / "lock")
+        else:
+            (planted / "lock").write_text(f"{m.process.pid} {started(m.process.pid)}\n")
+            os.chown(planted / "lock", pwd.getpwnam("nobody").pw_uid, -1)
+        m.qmp("stop")
+        chain.take(m)
+        assert m.qmp("query-status")["status"] == "paused"
+        assert sorted(p.name for p in planted.iterdir()) == ["lock", "paused"]
+
+
+def test_a_machine_that_is_closed_closes_its_moment(disk: GuestDisk, chain: Chain) -> None:
+    """A Ctrl-C may come before the caller has the moment in hand."""
+    with machine([disk]) as m:
+        chain.take(m)
+        opened = open_qmp(m.qmp_path, None, scratch=str(chain.scratch), timeout_s=20.0)
+        opened.begin(chain.next(), {"vda": Track(chain.recorders["vda"], "")})
+        m.write(disk, 0, MiB, 1)
+        opened.close()
+        assert_clean(m, chain)
+        chain.take(m)
+        assert chain.reasons == {"vda": ""}

@@ -9,12 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from images import BytesImage
-from mounts import LANES, choose_lane, fails_with, needs_fuse, unmount_all, wait_until
+from mounts import LANES, choose_lane, fails_with, needs_fuse, process_of, unmount_all, wait_until
 from repositories import MOMENT, add_point
 
 from backupfs.extents import Extent
@@ -23,6 +22,8 @@ from backupfs.fuse.lane import Lane
 from backupfs.image import ZeroImage, seek
 from backupfs.repository.repository import Repository
 from backupfs.services import mount as service
+from backupfs.services.gc import gc
+from backupfs.services.prune import delete
 from backupfs.units import KiB, MiB, TiB
 
 LONG = bool(os.environ.get("BACKUPFS_LONG"))
@@ -44,7 +45,7 @@ class Place:
         text = b"".join(b"line %d of a file\n" % i for i in range(90_000))
         self.disk = bytearray(text + bytes(1 * MiB) + self.rng.randbytes(1 * MiB + 777))
         self.points: list[str] = []
-        self.moment = MOMENT
+        self.days = 0
 
     def add(self) -> None:
         """Add a point in which a few ranges changed, some of them to zeroes."""
@@ -55,25 +56,23 @@ class Place:
         holding.write_bytes(self.disk)
         with Repository.open(str(self.repository)) as repository:
             # Never the id of one that was removed: a reader may have taken that one's bytes for what to expect.
-            self.moment += timedelta(minutes=1)
-            point = add_point(repository, bytes(self.disk), moment=self.moment).id
+            self.days += 1
+            point = add_point(repository, bytes(self.disk), day=self.days).id
         holding.rename(self.expected / point)
         self.points.append(point)
 
     def remove(self) -> None:
-        """Remove a point, not the newest."""
+        """Delete a point, not the newest, and give its space back, beside whoever reads it."""
         point = self.points.pop(self.rng.randrange(len(self.points) - 1))
-        (self.repository / "vms" / "web01" / "points" / f"{point}.json").unlink()
+        with Repository.open(str(self.repository)) as repository:
+            delete(repository, [("web01", point)])
+            gc(repository)
 
     def mount(self) -> None:
         service.mount(str(self.repository), str(self.path), foreground=False, allow_other=False, options=[])
 
     def process(self) -> int:
-        for folder in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                if folder.name.isdecimal() and (folder / "cmdline").read_bytes().endswith(f"\0{self.path}\0".encode()):
-                    return int(folder.name)
-        raise AssertionError("no process")
+        return process_of(str(self.path))
 
     def read(self, count: int, seconds: float) -> list["subprocess.Popen[str]"]:
         """Start readers."""

@@ -42,6 +42,31 @@ def test_disks() -> None:
     assert (found["sdc"].passed_through, vda.passed_through) == (True, False)
 
 
+def test_disks_in_io_threads() -> None:
+    """By the disk's own driver, or by the controller that it hangs on."""
+    text = """<domain><devices>
+     <controller type='scsi' index='0'/><controller type='scsi' index='1'><driver iothread='2'/></controller>
+     <disk type='file' device='disk'><driver type='qcow2' iothread='1'/><source file='/a'/>
+      <target dev='vda' bus='virtio'/></disk>
+     <disk type='file' device='disk'><driver type='qcow2'><iothreads><iothread id='1'/></iothreads></driver>
+      <source file='/b'/><target dev='vdb' bus='virtio'/></disk>
+     <disk type='file' device='disk'><source file='/c'/><target dev='sda' bus='scsi'/>
+      <address type='drive' controller='1' bus='0' target='0' unit='0'/></disk>
+     <disk type='file' device='disk'><source file='/d'/><target dev='sdb' bus='scsi'/>
+      <address type='drive' controller='0' bus='0' target='0' unit='1'/></disk>
+     <disk type='file' device='disk'><source file='/e'/><target dev='vdc' bus='virtio'/></disk>
+    </devices></domain>"""
+    found = {disk.name: disk.io_thread for disk in domain_xml.disks(text)}
+    assert found == {"vda": True, "vdb": True, "sda": True, "sdb": False, "vdc": False}
+
+
+def test_disks_that_are_a_part_of_their_image() -> None:
+    whole = "<disk type='file'><source file='/a'/><target dev='vda'/></disk>"
+    part = whole.replace("<source file='/a'/>", "<source file='/a'><slices><slice type='storage'/></slices></source>")
+    found = domain_xml.disks(f"<domain><devices>{whole}{part.replace('vda', 'vdb')}</devices></domain>")
+    assert [disk.sliced for disk in found] == [False, True]
+
+
 def test_agent_and_user() -> None:
     assert domain_xml.agent_state(DOMAIN) == "connected"
     assert domain_xml.agent_state(DOMAIN.replace(" state='connected'", "")) == "disconnected"

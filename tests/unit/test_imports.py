@@ -17,7 +17,14 @@ MAY = {
     "cli": LOW | {"services", "repository"},
     "__main__": {"cli"},
 }
-ONLY = {"lmdb": "repository/index.py", "nbd": "sources/nbd.py", "pyfuse3": "fuse/operations.py", "click": "cli/"}
+ONLY = {
+    "lmdb": "repository/index.py",
+    "nbd": "sources/nbd.py",
+    "pyfuse3": "fuse/operations.py",
+    "click": "cli/",
+    "libvirt": "sources/domain.py",
+    "qemu": "sources/monitor.py",
+}
 
 
 def imported(path: Path) -> set[str]:

@@ -85,3 +85,21 @@ def test_generations_of_a_chain() -> None:
     assert names.chain_of("weekly") == ("weekly", 1)
     assert names.chain_of("weekly.12") == ("weekly", 12)
     assert [names.chain_named("weekly", n) for n in (1, 2)] == ["weekly", "weekly.2"]
+
+
+def test_files_of_a_chain() -> None:
+    for seq, name in ((0, "000000.layer"), (123456, "123456.layer"), (1234567, "1234567.layer")):
+        assert names.layer_name(seq) == name
+        assert names.layer_seq(name) == seq
+    assert names.layer_seq(names.layer_name(7, names.GONE)) == 7
+    for name in (
+        "0.layer",
+        "0000000.layer",
+        "000000",
+        "x.layer",
+        "-00001.layer",
+        "000001.layer.gone",
+        "000001.x",
+        "00000².gone",
+    ):
+        assert names.layer_seq(name) is None

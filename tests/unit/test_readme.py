@@ -21,7 +21,13 @@ def test_the_table_has_every_command() -> None:
 @pytest.mark.parametrize("name", sorted(cli.commands))
 def test_a_commands_options_are_those_of_the_table(name: str) -> None:
     command = cli.commands[name]
-    options = {o for p in command.params if isinstance(p, click.Option) for o in p.opts if o.startswith("--")}
+    options = {
+        o
+        for p in command.params
+        if isinstance(p, click.Option)
+        for o in (*p.opts, *p.secondary_opts)
+        if o.startswith("--")
+    }
     shown = set(re.findall(r"--[a-z-]+", ROWS[name]))
     assert shown == options - {"--repository"}
     assert command.epilog.startswith(("Example: backupfs", "Examples:"))

@@ -23,6 +23,7 @@ from backupfs.repository.chunkmap import POSITION
 from backupfs.repository.format import DEFAULT_CHUNK, REGION_CHUNKS, ROW
 from backupfs.repository.repository import Repository
 from backupfs.repository.writer import ChainEnd, DiskWriter
+from backupfs.services.prune import delete
 from backupfs.units import GiB, MiB, TiB, format_size
 from benchmarks.disks import distinct, forget
 from benchmarks.random_reads import read_times
@@ -75,6 +76,7 @@ def measure_shape(place: Workplace, report: Report, shape: Shape, title: str, ar
     measure_look_ups(report, repository, arguments.rounds)
     measure_first_bytes(place, report, repository)
     measure_memory(place, report, repository, 2_000 if arguments.quick else _READS)
+    measure_gc(place, report, repository)
     shutil.rmtree(repository)
 
 
@@ -228,3 +230,16 @@ def measure_memory(place: Workplace, report: Report, path: Path, reads: int) -> 
     for name in ("RssAnon", "RssFile", "VmHWM"):
         report.add(Row(f"    {name}", [after[name] / MiB], "MiB"))
     report.add(Row("    VmRSS when it was fresh", [fresh["VmRSS"] / MiB], "MiB"))
+
+
+def measure_gc(place: Workplace, report: Report, path: Path) -> None:
+    """Measure gc after every second point was deleted, the first and the last among them.
+
+    It finds hardly anything to punch, since rows share payloads here; but it looks at all of them.
+    """
+    with Repository.open(str(path)) as repository:
+        delete(repository, [("vm", point) for point in [*repository.points("vm")[::2], repository.points("vm")[-1]]])
+    for what in ("gc --dry-run", "gc"):
+        spent = place.measure(BACKUPFS, "-r", path, *what.split())
+        report.add(Row(f"  {what}", [spent.seconds], "s"))
+        report.add(Row(f"  {what}, peak memory", [spent.peak_bytes / MiB], "MiB", at_most=_MOUNT_MIB))

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,13 +42,21 @@ def state(vm: Machine) -> tuple[object, ...]:
     )
 
 
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """A mount point."""
+    folder = tmp_path / "mnt"
+    folder.mkdir()
+    yield folder
+    subprocess.run(["umount", "-l", folder], capture_output=True, check=False)
+
+
 @pytest.mark.parametrize("end", ["umount", "interrupt"])
-def test_a_moment_of_two_disks_is_shown_and_undone(tmp_path: Path, end: str) -> None:
+def test_a_moment_of_two_disks_is_shown_and_undone(tmp_path: Path, place: Path, end: str) -> None:
     disks = [GuestDisk(tmp_path / "a.qcow2", name="vda"), GuestDisk(tmp_path / "b.raw", "raw", "vdb")]
     for disk in disks:
         run("qemu-img", "create", "-q", "-f", disk.image_format, disk.path, str(SIZE))
-    place, scratch = tmp_path / "mnt", tmp_path / "scratch"
-    place.mkdir()
+    scratch = tmp_path / "scratch"
     scratch.mkdir()
     with machine(disks) as vm:
         for disk in disks:
@@ -75,14 +84,11 @@ def test_a_moment_of_two_disks_is_shown_and_undone(tmp_path: Path, end: str) -> 
         finally:
             process.kill()
             process.communicate()
-            subprocess.run(["umount", "-l", place], capture_output=True, check=False)
 
 
-def test_what_a_killed_view_left_goes_with_the_next(tmp_path: Path) -> None:
+def test_what_a_killed_view_left_goes_with_the_next(tmp_path: Path, place: Path) -> None:
     disk = GuestDisk(tmp_path / "a.qcow2", name="vda")
     run("qemu-img", "create", "-q", "-f", "qcow2", disk.path, str(SIZE))
-    place = tmp_path / "mnt"
-    place.mkdir()
     with machine([disk]) as vm:
         before = state(vm)
         for number in (1, 2):
@@ -102,7 +108,33 @@ def test_what_a_killed_view_left_goes_with_the_next(tmp_path: Path) -> None:
         deadline = time.monotonic() + 10
         while list(tmp_path.glob("backupfs-*")):
             assert time.monotonic() < deadline
-    subprocess.run(["umount", "-l", place], capture_output=True, check=False)
+
+
+def test_a_scratch_that_fills_up_ends_the_view_not_the_guest(tmp_path: Path, place: Path) -> None:
+    disk = GuestDisk(tmp_path / "a.raw", "raw", "vda")
+    run("qemu-img", "create", "-q", "-f", "raw", disk.path, "40M")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=24M", "none", scratch)
+    try:
+        with machine([disk]) as vm:
+            for number in range(40):
+                vm.write(disk, number * MiB, MiB, 0x11)
+            before = state(vm)
+            process = begin_view(vm, place, "--scratch", str(scratch))
+            try:
+                for number in range(40):
+                    vm.write(disk, number * MiB, MiB, 0x22)
+                assert "too little space" in process.communicate(timeout=60)[1]
+            finally:
+                process.kill()
+                process.communicate()
+            assert process.returncode == 1
+            assert state(vm) == before
+            assert disk.path.read_bytes() == b"\x22" * 40 * MiB
+            assert not list(scratch.iterdir())
+    finally:
+        run("umount", "--lazy", scratch)
 
 
 def test_no_such_machine(tmp_path: Path) -> None:

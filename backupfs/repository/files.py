@@ -1,0 +1,45 @@
+"""Files and names that are on the disk when a call returns."""
+
+import errno
+import os
+
+
+def write_new(path: str, data: bytes) -> None:
+    """Write a new file and put it on the disk."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def rename_new(temporary: str, path: str) -> None:
+    """Rename without replacing. A hard link does both at once; where there are none, the writer lock has to do."""
+    try:
+        os.link(temporary, path)
+    except OSError as e:
+        if e.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from e
+        os.rename(temporary, path)
+        return
+    os.unlink(temporary)
+
+
+def make_folders(root: str, folder: str) -> None:
+    """Make `folder` and its parents below `root`, each on the disk before the next."""
+    if folder == root or os.path.isdir(folder):
+        return
+    make_folders(root, os.path.dirname(folder))
+    os.mkdir(folder, 0o700)
+    fsync_folder(os.path.dirname(folder))
+
+
+def fsync_folder(folder: str) -> None:
+    """Put a folder's names on the disk."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,121 @@
+"""Who excludes whom. All locks are flocks: the kernel drops them when their holder dies, however it dies.
+
+| lock | shared by | held alone by |
+|---|---|---|
+| `lock` | – | who changes what the repository holds: backup, delete, prune, gc, reindex |
+| a layer | the open images of the point that brought it (`Pin`) | gc, for the moment of asking (`is_pinned`) |
+| `index.lock` | – | who opens the index or puts another in its place, meanwhile |
+
+Reading takes no part in the first: what is published does not change, and gc takes nothing away that an open image
+sees. An image pins its point first and then looks whether the point is still there; delete takes the point away and gc
+asks for pins afterwards. So one of the two meets the other. From any thread.
+"""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+
+from backupfs.errors import Locked, NotFound, RepositoryError
+
+
+@contextlib.contextmanager
+def writer_lock(root: str, waiting: Callable[[str], None] | None) -> Iterator[None]:
+    """Hold the repository's writer lock for the `with` block.
+
+    Args:
+        root: the repository's folder.
+        waiting: called with a message when another process has it, before waiting for that; None: do not wait.
+
+    Raises:
+        Locked: another process has it, and it is not waited for.
+    """
+    path = os.path.join(root, "lock")
+    fd = _open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            holder = os.pread(fd, 64, 0).decode(errors="replace").strip() or "another process"
+            if waiting is None:
+                message = f"{root}: {holder} is writing to this repository; try again when it is done"
+                raise Locked(message) from e
+            waiting(f"{root}: {holder} is writing to this repository; waiting until it is done")
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # the name is for messages only; a full disk must not keep gc out
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"process {os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def index_lock(folder: str) -> Iterator[None]:
+    """One process at a time opens the index in `folder` or puts another there: it is two files, and they must match.
+
+    Who waits for a rebuild finds it done.
+    """
+    path = f"{folder}.lock"
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    except OSError as e:
+        raise RepositoryError(f"{path}: {e.strerror}") from e
+    fd = _open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+class Pin:
+    """Keeps everything that one point of a chain sees, for as long as this object lives.
+
+    Args:
+        path: the layer that the point brought.
+
+    Raises:
+        NotFound: there is no such layer.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._fd = -1
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as e:
+            raise NotFound(f"{path}: the layer file is missing") from e
+        except OSError as e:
+            raise RepositoryError(f"{path}: {e.strerror}") from e
+        # Where no lock can be had there is no gc either, for it needs the writer's; a restore must not fail for that.
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._fd, fcntl.LOCK_SH)
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+
+def is_pinned(path: str) -> bool:
+    """Return whether an image of the point that brought this layer is open, in this process or in another.
+
+    Raises:
+        RepositoryError: that can't be told.
+    """
+    fd = _open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as e:
+        raise RepositoryError(f"{path}: can't be locked: {e.strerror}") from e
+    finally:
+        os.close(fd)
+    return False
+
+
+def _open(path: str, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_CLOEXEC, 0o600)
+    except OSError as e:
+        raise RepositoryError(f"{path}: {e.strerror}") from e

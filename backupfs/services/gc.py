@@ -1,0 +1,257 @@
+"""Giving back what no point needs any more. Exclusive against whatever writes, not against readers (locks.py).
+
+First everything is looked at, and nothing is freed if anything is missing or damaged that it takes to decide. Then:
+
+1. In a chain that goes on, a mark (SEQ.gone) keeps the number of its last layer if that goes.
+2. Layers that no remaining point stands on are removed.
+3. In the others, holes are punched where no remaining point sees anything.
+4. The index forgets the layers that went.
+
+A point remains while its manifest is there or an image of it is open. It may be broken off anywhere: what was freed
+stays freed, and the next gc does the rest.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from backupfs.errors import RepositoryError
+from backupfs.repository import catalog, locks, names
+from backupfs.repository.files import fsync_folder, write_new
+from backupfs.repository.manifest import DiskEntry
+from backupfs.repository.point import Chain
+from backupfs.repository.reach import ChainLayers, reach
+from backupfs.repository.repository import Repository
+from backupfs.repository.space import Puncher, allocated, dead_ranges, stored
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class GcReport:
+    """What gc did, or would do. Bytes.
+
+    Attributes:
+        before: that all layers took on the file system.
+        freed: of them.
+        visible: payload that the remaining points see.
+        layers: how many were removed.
+        open: deleted points that are kept because somebody has them open: VM/DISK/CHAIN/SEQ.
+        stuck: bytes that nobody sees in files in which no holes can be made.
+    """
+
+    before: int = 0
+    freed: int = 0
+    visible: int = 0
+    layers: int = 0
+    open: list[str] = field(default_factory=list)
+    stuck: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _ChainPlan:
+    """What is to become of one chain.
+
+    Attributes:
+        folder: of the chain.
+        present: seqs of all layer files.
+        marks: seqs of layers that went before.
+        live: by seq, of the layers that stay, which chunks with data are seen: eight a byte; and their number.
+    """
+
+    chain: Chain
+    folder: str
+    present: list[int]
+    marks: list[int]
+    live: dict[int, tuple[npt.NDArray[np.uint8], int]]
+
+    @property
+    def dead(self) -> list[int]:
+        """Seqs of the layers that nobody needs."""
+        return [seq for seq in self.present if seq not in self.live]
+
+
+def gc(repository: Repository, *, dry_run: bool = False, waiting: Callable[[str], None] | None = None) -> GcReport:
+    """Give back the space of what no point needs. Removes nothing that a point, or an open image, can see.
+
+    Args:
+        dry_run: only say what would be freed.
+        waiting: called with a message when another process writes to the repository, before waiting for that; None:
+            do not wait.
+
+    Raises:
+        Locked: another process writes to the repository.
+        Corrupt, NotFound, UnsupportedFormat: something is damaged or missing; nothing was freed.
+        RepositoryError: a file can't be changed; what was freed until then stays freed.
+    """
+    try:
+        return _gc(repository, dry_run, waiting)
+    except OSError as e:
+        raise RepositoryError(f"{e.filename or repository.path}: {e.strerror}; what was freed stays freed") from e
+
+
+def _gc(repository: Repository, dry_run: bool, waiting: Callable[[str], None] | None) -> GcReport:
+    report = GcReport()
+    with locks.writer_lock(repository.path, waiting) if dry_run else repository.exclusive(waiting):
+        plans = [plan for vm in catalog.vms(repository.path) for plan in _plan_vm(repository, vm, report)]
+        for plan in plans:
+            layers = ChainLayers(plan.chain, bytes.fromhex(repository.settings.id))
+            report.before += sum(allocated(layers.path(seq)) for seq in plan.present)
+            if not dry_run:
+                _mark_last(plan)
+            for seq in plan.dead:
+                _remove(layers.path(seq), report, dry_run=dry_run)
+            for seq in plan.live:
+                _punch(layers, plan, seq, report, dry_run=dry_run)
+        if not dry_run:
+            _clean_index(repository, plans)
+            _clean_folders(plans)
+    return report
+
+
+def freed_by_deleting(repository: Repository, vm: str) -> dict[str, int]:
+    """Return, by point, the bytes of payload that no other point of the VM sees: what gc gives back if it alone goes.
+
+    Raises:
+        Corrupt, NotFound: something is damaged or missing.
+    """
+    freed = dict.fromkeys(repository.points(vm), 0)
+    for (disk, chain), entries in _entries(repository, vm).items():
+        layers = ChainLayers(Chain(repository.path, vm, disk, chain, -1), bytes.fromhex(repository.settings.id))
+        only = reach(layers, {entry.seq: entry for _, entry in entries}).only
+        for point, entry in entries:
+            freed[point] += only[entry.seq]
+    return freed
+
+
+def _entries(repository: Repository, vm: str) -> dict[tuple[str, str], list[tuple[str, DiskEntry]]]:
+    """Return all that the VM's manifests say, by disk and chain: the point and the entry."""
+    found: dict[tuple[str, str], list[tuple[str, DiskEntry]]] = {}
+    for point in repository.points(vm):
+        for entry in repository.manifest(vm, point).disks:
+            found.setdefault((entry.name, entry.chain), []).append((point, entry))
+    return found
+
+
+def _plan_vm(repository: Repository, vm: str, report: GcReport) -> Iterator[_ChainPlan]:
+    root = repository.path
+    with contextlib.suppress(FileNotFoundError):
+        # A delete that was killed may not have done it: a manifest must not come back after what it needs is gone.
+        fsync_folder(os.path.dirname(catalog.manifest_path(root, vm, "x")))
+    entries = _entries(repository, vm)
+    there = {(disk, chain) for disk in catalog.disks(root, vm) for chain in catalog.chains(root, vm, disk)}
+    for disk, chain in sorted(there | entries.keys()):
+        at = Chain(root, vm, disk, chain, -1)
+        roots: dict[int, DiskEntry | None] = {entry.seq: entry for _, entry in entries.get((disk, chain), [])}
+        yield _plan_chain(ChainLayers(at, bytes.fromhex(repository.settings.id)), roots, report)
+
+
+def _plan_chain(layers: ChainLayers, roots: dict[int, DiskEntry | None], report: GcReport) -> _ChainPlan:
+    folder = os.path.dirname(layers.path(0))
+    files = catalog.chain_files(folder)
+    present = sorted(seq for seq, suffix in files if suffix == names.LAYER)
+    for seq in present:
+        if seq not in roots and locks.is_pinned(layers.path(seq)):
+            roots[seq] = None
+            report.open.append(f"{layers.chain.vm}/{layers.chain.disk}/{layers.chain.name}/{seq}")
+    found = reach(layers, roots)
+    live = {seq: (np.packbits(flags), len(flags)) for seq, flags in sorted(found.live.items())}
+    report.visible += found.visible
+    return _ChainPlan(layers.chain, folder, present, sorted(s for s, suffix in files if suffix == names.GONE), live)
+
+
+def _mark_last(plan: _ChainPlan) -> None:
+    """Keep the number of the chain's last layer if that goes: a later one must not get it again, nor follow directly
+    on the one before in the eyes of a bitmap.
+    """
+    last = max([*plan.present, *plan.marks], default=0)
+    if plan.live and last not in plan.live and last not in plan.marks:
+        write_new(os.path.join(plan.folder, names.layer_name(last, names.GONE)), b"")
+        fsync_folder(plan.folder)
+
+
+def _remove(path: str, report: GcReport, *, dry_run: bool) -> None:
+    """Remove a layer. A mount may have it open without needing it: the space comes back all the same."""
+    report.layers += 1
+    status = os.stat(path)
+    report.freed += status.st_blocks * 512 if status.st_nlink == 1 else 0
+    if dry_run:
+        return
+    puncher = Puncher(path) if status.st_nlink == 1 else None
+    try:
+        os.unlink(path)
+        if puncher:
+            os.ftruncate(puncher.fd, 0)
+    finally:
+        if puncher:
+            puncher.close()
+
+
+def _punch(layers: ChainLayers, plan: _ChainPlan, seq: int, report: GcReport, *, dry_run: bool) -> None:
+    bits, count = plan.live[seq]
+    live = np.unpackbits(bits, count=count).astype(np.bool_)
+    if np.all(live):
+        return
+    path = layers.path(seq)
+    before = allocated(path)
+    alone = os.stat(path).st_nlink == 1
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    puncher: Puncher | None = None
+    able = True
+    try:
+        for offset, length in dead_ranges(layers.layer(seq), live):
+            there = stored(fd, offset, length)
+            if there == 0:
+                continue
+            if dry_run:
+                report.freed += there if alone else 0
+                continue
+            if alone and able:
+                puncher = puncher or Puncher(path)
+                able = puncher.punch(offset, length)
+            if not (alone and able):
+                report.stuck += there
+    finally:
+        os.close(fd)
+        if puncher:
+            puncher.close()
+            report.freed += before - allocated(path)
+
+
+def _clean_index(repository: Repository, plans: list[_ChainPlan]) -> None:
+    """Let the index forget the layers that went. It may fail: the records that stay are seen by no point."""
+    try:
+        index = repository.store.index
+        for plan in plans:
+            chain_no = index.chain_no(plan.chain.vm, plan.chain.disk, plan.chain.name)
+            gone = set() if chain_no is None else index.layers(chain_no).keys() - plan.live.keys()
+            if chain_no is not None and gone:
+                index.remove(chain_no, gone)
+    except RepositoryError as e:
+        log.warning("the index keeps records of layers that are gone: %s", e)
+
+
+def _clean_folders(plans: list[_ChainPlan]) -> None:
+    """Remove marks that are no longer needed, and the folders of chains that are gone. The last generation's folder
+    stays: its number must not be used again either.
+    """
+    newest: dict[tuple[str, str, str], int] = {}
+    for plan in plans:
+        name, generation = names.chain_of(plan.chain.name)
+        key = plan.chain.vm, plan.chain.disk, name
+        newest[key] = max(generation, newest.get(key, 0))
+    for plan in plans:
+        name, generation = names.chain_of(plan.chain.name)
+        last = max([*plan.present, *plan.marks], default=0)
+        for seq in plan.marks:
+            if not plan.live or last in plan.live or seq != last:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(plan.folder, names.layer_name(seq, names.GONE)))
+        if not plan.live and generation < newest[plan.chain.vm, plan.chain.disk, name]:
+            with contextlib.suppress(OSError):  # what somebody else put there stays
+                os.rmdir(plan.folder)

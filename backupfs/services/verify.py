@@ -1,0 +1,337 @@
+"""Is it still good? Read what points see, in the order of the layer files, and check it against all that is known.
+
+Checked are manifests (their seals), each layer's length, header, table and trailer (against the manifest's BLAKE3),
+what the tables give for each point (against the manifest's digest), what the index gives (against the same), and of
+each stored chunk that a point sees xxh3 and BLAKE3: once, however many points see it. Other threads read, decode and
+hash. gc may work meanwhile: what is being looked at is pinned.
+"""
+
+import contextlib
+import logging
+import os
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from sys import intern
+
+import blake3
+import numpy as np
+import xxhash
+
+from backupfs.errors import Corrupt, NotFound, RepositoryError
+from backupfs.repository import catalog
+from backupfs.repository.bulk import decoded
+from backupfs.repository.format import HEADER_SIZE, Rows
+from backupfs.repository.layer import Layer
+from backupfs.repository.locks import Pin
+from backupfs.repository.manifest import DiskEntry, Manifest
+from backupfs.repository.mend import check_chunk
+from backupfs.repository.point import Chain, layer_path
+from backupfs.repository.repository import Repository
+from backupfs.repository.visible import Lineage, Pass, Visible, lineages, spans
+from backupfs.services.damage import BadRows, Damage, Report
+from backupfs.units import KiB, MiB
+
+log = logging.getLogger(__name__)
+
+_SPAN = 4 * MiB  # of a layer file, read at once
+_GAP = 64 * KiB  # rather read than skipped
+_WORKERS = min(4, max(2, os.cpu_count() or 1))
+_QUEUE = 2 * _WORKERS
+_HASHED = 4 * MiB
+
+# (vm/disk, bytes of its layers dealt with, of how many, bytes read): called from the calling thread, often.
+Progress = Callable[[str, int, int, int], None]
+
+
+def verify(repository: Repository, vm: str | None, point: str | None, sample: float, progress: Progress) -> Report:
+    """Check all that points need.
+
+    Args:
+        vm, point: only these; None: all.
+        sample: the share of chunks to read, as a fraction; what is not read in chunks is checked all the same.
+
+    Raises:
+        NotFound: there is no such VM or point.
+    """
+    began = time.monotonic()
+    report = Report(sample)
+    for name in repository.vms() if vm is None else [vm]:
+        if vm is not None:
+            repository.resolve(vm, point or "latest")
+        manifests = _manifests(repository, name, point, report)
+        wanted = [m for m in manifests if point in (None, m.id)]
+        report.points += len(wanted)
+        for disk, chain in sorted({(d.name, d.chain) for m in wanted for d in m.disks}):
+            _Chain(
+                repository,
+                vm=name,
+                disk=disk,
+                chain=chain,
+                wanted=wanted,
+                known=manifests,
+                report=report,
+                progress=progress,
+            ).check()
+    report.seconds = round(time.monotonic() - began, 3)
+    return report
+
+
+def _manifests(repository: Repository, vm: str, point: str | None, report: Report) -> list[Manifest]:
+    """Return the VM's good manifests, and report those that are not, of the points that are asked for."""
+    found = []
+    for name in repository.points(vm):
+        try:
+            found.append(repository.manifest(vm, name))
+        except NotFound:
+            continue  # deleted meanwhile
+        except RepositoryError as e:
+            if point in (None, name):
+                report.points += 1
+                path = catalog.manifest_path(repository.path, vm, name)
+                report.damage.append(Damage(kind="manifest", vm=vm, points=[name], file=path, what=_what(e)))
+    return found
+
+
+def _what(error: RepositoryError) -> str:
+    return error.what if isinstance(error, Corrupt) else str(error)
+
+
+class _Chain:
+    """One chain of a disk.
+
+    Args:
+        wanted: the points that are asked for.
+        known: all points of the VM.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        *,
+        vm: str,
+        disk: str,
+        chain: str,
+        wanted: list[Manifest],
+        known: list[Manifest],
+        report: Report,
+        progress: Progress,
+    ) -> None:
+        self._repository = repository
+        self._address = Chain(repository.path, vm, disk, chain, -1)
+        self._chunk_size = repository.settings.chunk_size
+        self._report = report
+        self._progress = progress
+        self._read = 0
+        self._known = {m.id: d for m in known for d in m.disks if d.name == disk}
+        self._pins: list[Pin] = []
+        self._entries: dict[int, tuple[str, DiskEntry]] = {}
+        for m in wanted:
+            entry = m.disk(disk)
+            if entry and entry.chain == chain and self._pin(m.id, entry):
+                self._entries[entry.seq] = m.id, entry
+
+    def _pin(self, point: str, entry: DiskEntry) -> bool:
+        """Keep gc from what the point sees; say whether the point is still there."""
+        chain = self._address
+        with contextlib.suppress(RepositoryError):  # a layer that is missing is reported later, if the point is there
+            self._pins.append(Pin(layer_path(chain.root, chain.vm, chain.disk, chain.name, entry.seq)))
+        return os.path.lexists(catalog.manifest_path(chain.root, chain.vm, point))
+
+    def check(self) -> None:
+        """Check all lineages of the chain."""
+        broken: list[tuple[str, int, RepositoryError]] = []
+        repository_id = bytes.fromhex(self._repository.settings.id)
+        for lineage in lineages(
+            self._address, repository_id, self._entries, self._known, lambda *facts: broken.append(facts)
+        ):
+            hurt = self._tell(lineage, "layer", broken)
+            broken.clear()
+            self._check_files(lineage, lambda *facts: broken.append(facts))
+            hurt |= self._tell(lineage, "table", broken)
+            broken.clear()
+            tables = Pass(lineage, self._chunk_size, lambda *facts: broken.append(facts))
+            self._check_chunks(lineage, tables)
+            hurt |= self._tell(lineage, "table", broken)
+            if not hurt:
+                self._check_maps(tables)
+            self._check_index(lineage, hurt)
+            broken.clear()
+        self._pins.clear()
+
+    def _tell(self, lineage: Lineage, kind: str, broken: list[tuple[str, int, RepositoryError]]) -> set[str]:
+        """Report broken layers; return the points that they hurt."""
+        hurt: set[str] = set()
+        for path, seq, error in broken:
+            points = [point for s, (point, _) in lineage.points.items() if s >= seq]
+            hurt.update(points)
+            offset = error.offset if isinstance(error, Corrupt) else 0
+            known = next((d for d in self._report.damage if d.file == path), None)
+            if known:  # met before: by the look at the whole table, or for other points
+                known.points += [point for point in points if point not in known.points]
+                continue
+            self._report.damage.append(
+                Damage(
+                    kind="layer" if isinstance(error, NotFound) else kind,
+                    vm=self._address.vm,
+                    points=points,
+                    disk=self._address.disk,
+                    file=path,
+                    file_offset=offset,
+                    what=_what(error),
+                )
+            )
+        return hurt
+
+    def _check_files(self, lineage: Lineage, broken: Callable[[str, int, RepositoryError], None]) -> None:
+        """Compare each layer with what its point's manifest says of it; leave those with no table out."""
+        for layer in list(lineage.layers):
+            self._report.layers += 1
+            seq = layer.header.seq
+            try:
+                published = lineage.points.get(seq)
+                _check_file(layer, published[1] if published else None)
+            except Corrupt as e:
+                broken(layer.path, seq, e)
+                try:
+                    layer.trailer()
+                except Corrupt:
+                    lineage.layers.remove(layer)
+
+    def _check_chunks(self, lineage: Lineage, tables: Pass) -> None:
+        """Read what the points see."""
+        points = [(point, entry.size) for point, entry in lineage.points.values()]
+        total = sum(layer.length for layer in lineage.layers)
+        pending: deque[tuple[Visible, Future[list[tuple[int, str]]]]] = deque()
+        with ThreadPoolExecutor(_WORKERS, "verify") as workers:
+            try:
+                for found in tables.visible():
+                    for span in self._spans(found):
+                        pending.append((span, workers.submit(_bad_rows, span.layer, span.rows, self._chunk_size)))
+                        if len(pending) >= _QUEUE:
+                            self._note(points, total, *pending.popleft())
+                while pending:
+                    self._note(points, total, *pending.popleft())
+            except BaseException:
+                workers.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def _check_maps(self, tables: Pass) -> None:
+        """Compare what the tables give for each point with its manifest."""
+        for point in tables.wrong_maps():
+            path = catalog.manifest_path(self._address.root, self._address.vm, point)
+            what = f"the layers of disk {self._address.disk} do not give the chunks that were published for this point"
+            self._report.damage.append(
+                Damage(kind="table", vm=self._address.vm, disk=self._address.disk, points=[point], file=path, what=what)
+            )
+
+    def _spans(self, found: Visible) -> Iterator[Visible]:
+        """Cut what was found into pieces of the file that are read at once; drop what is not in the sample."""
+        rows, last = found.rows, found.last
+        if self._report.sample < 1:
+            rng = np.random.default_rng(random.SystemRandom().getrandbits(64))
+            taken = rng.random(len(rows)) < self._report.sample
+            rows, last = rows[taken], last[taken]
+        if not len(rows):
+            return
+        order = np.argsort(rows["offset"], kind="stable")
+        rows, last = rows[order], last[order]
+        for first, end in spans(rows, _SPAN, _GAP):
+            yield Visible(found.layer, rows[first:end], found.first, last[first:end])
+
+    def _note(
+        self, points: list[tuple[str, int]], total: int, span: Visible, checked: Future[list[tuple[int, str]]]
+    ) -> None:
+        found = checked.result()
+        size = int(span.rows["length"].sum(dtype=np.int64))
+        self._read += size
+        self._report.chunks += len(span.rows)
+        self._report.stored_bytes += size
+        self._progress(f"{self._address.vm}/{self._address.disk}", min(self._read, total), total, self._read)
+        if found:
+            places = np.array([i for i, _ in found])
+            by_number = np.argsort(span.rows["chunk_no"][places])
+            places = places[by_number]
+            whats = [found[i][1] for i in by_number.tolist()]
+            bad = BadRows(
+                vm=self._address.vm,
+                disk=self._address.disk,
+                layer=span.layer,
+                rows=span.rows[places],
+                first=span.first,
+                last=span.last[places],
+                points=points,
+                what=whats,
+                repaired=[None] * len(places),
+            )
+            self._report.bad.append(bad)
+
+    def _check_index(self, lineage: Lineage, hurt: set[str]) -> None:
+        """Compare what the index says of each point with its manifest; in a sample the newest and some others."""
+        newest = list(lineage.points.values())[-1:]
+        for point, entry in lineage.points.values():
+            if point in hurt or (
+                (point, entry) not in newest and random.SystemRandom().random() >= self._report.sample
+            ):
+                continue
+            try:
+                image = self._repository.open_image(self._address.vm, point, entry.name)
+                try:
+                    image.check_map()
+                finally:
+                    image.close()
+            except NotFound:
+                continue  # deleted meanwhile
+            except RepositoryError as e:
+                self._report.damage.append(
+                    Damage(
+                        kind="index",
+                        vm=self._address.vm,
+                        disk=entry.name,
+                        points=[point],
+                        file=e.file if isinstance(e, Corrupt) else self._repository.path,
+                        what=_what(e),
+                    )
+                )
+
+
+def _check_file(layer: Layer, entry: DiskEntry | None) -> None:
+    """Check the trailer; compare the layer with its point's manifest, where that is known. Raises Corrupt."""
+    trailer = layer.trailer()
+    if entry is None:
+        return
+    if layer.length != entry.layer_bytes:
+        raise Corrupt(layer.path, layer.length, f"the file should be {entry.layer_bytes} bytes long")
+    digest = blake3.blake3(layer.pread(0, HEADER_SIZE))
+    for offset in range(trailer.table_offset, layer.length, _HASHED):
+        digest.update(layer.pread(offset, min(_HASHED, layer.length - offset)))
+    if digest.hexdigest() != entry.layer_blake3:
+        raise Corrupt(layer.path, trailer.table_offset, "header, table and trailer are not those that were published")
+
+
+def _bad_rows(layer: Layer, rows: Rows, chunk_size: int) -> list[tuple[int, str]]:
+    """Read and check the chunks of one span; return the places of bad ones in `rows`, and what is wrong."""
+    begin = int(rows["offset"][0])
+    ends = rows["offset"] + rows["length"]
+    try:
+        data = memoryview(layer.pread(begin, int(ends.max()) - begin))
+    except Corrupt:
+        data = memoryview(b"")  # a sector that can't be read; which chunk is it in?
+    starts = (rows["offset"] - np.uint64(begin)).tolist()
+    identities = np.ascontiguousarray(rows[["id0", "id1"]])
+    bad = []
+    columns = zip(starts, rows["length"].tolist(), rows["codec"].tolist(), rows["xxh3"].tolist(), strict=True)
+    for i, (start, length, codec_id, xxh3) in enumerate(columns):
+        chunk = decoded(data[start : start + length], codec_id, chunk_size)
+        if chunk is not None and xxhash.xxh3_64_intdigest(chunk) == xxh3:
+            id0, id1 = identities[i].tolist()
+            if blake3.blake3(chunk).digest(length=16) == id0.to_bytes(8, "little") + id1.to_bytes(8, "little"):
+                continue
+        try:
+            check_chunk(layer, rows[i], chunk_size)
+            log.warning("%s: read wrong at offset %d, and right the second time", layer.path, begin + start)
+        except Corrupt as e:
+            bad.append((i, intern(e.what)))  # a few words for, maybe, a million chunks
+    return bad

@@ -1,0 +1,105 @@
+"""Restores that are interrupted or killed: no half of a disk under the name, and the same command goes on."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from commands import BACKUPFS, backupfs, backupfs_json, children_of_backupfs
+from servers import run
+
+from backupfs.services.restore import PARTIAL
+from backupfs.units import MiB
+
+SIZE = 192 * MiB
+ROUNDS = 60 if os.environ.get("BACKUPFS_LONG") else 3
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return a repository with one point, and the disk it was taken from."""
+    folder = tmp_path_factory.mktemp("kill")
+    disk = folder / "disk.raw"
+    with open(disk, "wb") as file:
+        file.truncate(SIZE)
+        for i in range(0, SIZE, 16 * MiB):
+            file.seek(i)
+            file.write(random.Random(i).randbytes(12 * MiB))
+    backupfs(folder / "repo", "init")
+    backupfs(folder / "repo", "backup", "web01", f"vda={disk}")
+    return folder / "repo", disk
+
+
+def wait_for_some(path: Path, process: "subprocess.Popen[bytes]") -> None:
+    """Wait until the restore, or its qemu-nbd, has the file open, and something was written to it."""
+    deadline = time.monotonic() + 30
+    while process.poll() is None:
+        opened = str(path) in opened_by(process.pid) or any(str(path) in c for c in children_of_backupfs())
+        if opened and path.stat().st_blocks * 512 > MiB:
+            return
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def opened_by(process: int) -> set[str]:
+    """Return the files that a process has open."""
+    found = set()
+    with suppress(OSError):
+        for descriptor in os.scandir(f"/proc/{process}/fd"):
+            with suppress(OSError):
+                found.add(os.readlink(descriptor.path))
+    return found
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_broken_off_and_again(
+    disk: tuple[Path, Path], tmp_path: Path, image_format: str, number: signal.Signals
+) -> None:
+    repo, original = disk
+    target = tmp_path / "restored"
+    partial = tmp_path / f"restored{PARTIAL}"
+    command = [*BACKUPFS, "-r", str(repo), "restore", "web01/latest/vda", str(target), "--format", image_format]
+    broken = 0
+    rng = random.Random(int(number))
+    for _ in range(ROUNDS):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        wait_for_some(partial, process)
+        time.sleep(rng.uniform(0, 0.1))
+        process.send_signal(number)
+        _, said = process.communicate(timeout=30)
+        if process.returncode == 0:
+            target.unlink()
+            continue
+        assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
+        if number == signal.SIGINT:
+            assert b"goes on from there" in said
+        broken += 1
+        assert not target.exists()
+    deadline = time.monotonic() + 10
+    while any(str(partial) in c for c in children_of_backupfs()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    done = backupfs_json(repo, "restore", "web01/latest/vda", target, "--format", image_format)
+    assert done["resumed"] == (broken > 0)
+    assert broken
+    run("qemu-img", "compare", "-f", "raw", "-F", image_format, original, target)
+    assert not partial.exists()
+    assert not [c for c in children_of_backupfs() if str(partial) in c]
+
+
+def test_an_interrupted_replacement_leaves_the_old_file(disk: tuple[Path, Path], tmp_path: Path) -> None:
+    repo, original = disk
+    target = tmp_path / "restored"
+    target.write_bytes(b"old")
+    command = [*BACKUPFS, "-r", str(repo), "restore", "web01/latest/vda", str(target), "--force"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_some(tmp_path / f"restored{PARTIAL}", process)
+    process.kill()
+    if process.wait() != 0:
+        assert target.read_bytes() == b"old"
+    backupfs(repo, "restore", "web01/latest/vda", target, "--force")
+    run("cmp", original, target)

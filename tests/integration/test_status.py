@@ -1,0 +1,165 @@
+"""edit, status and its metrics: manifests are replaced whole, and what is wrong makes status fail."""
+
+import json
+import os
+import re
+import subprocess
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from commands import BACKUPFS, backupfs, backupfs_json
+from repositories import add_point, read_point
+
+from backupfs.errors import Locked, UsageError
+from backupfs.repository import results
+from backupfs.repository.repository import Repository
+from backupfs.services.edit import edit
+from backupfs.services.status import Status, status, write_metrics
+from backupfs.units import KiB
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Path:
+    path = tmp_path / "repo"
+    Repository.init(str(path))
+    with Repository.open(str(path)) as repository:
+        add_point(repository, b"1" * 100 * KiB)
+        add_point(repository, b"2" * 100 * KiB)
+    return path
+
+
+def run_status(repo: Path, *words: str) -> tuple[int, dict[str, object]]:
+    environment = {**os.environ, "BACKUPFS_REPOSITORY": str(repo)}
+    command = [*BACKUPFS, "status", "--json", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return done.returncode, json.loads(done.stdout)
+
+
+def look(repository: Repository, max_age: timedelta | None = None) -> Status:
+    return status(repository, max_age)
+
+
+def test_edit_changes_what_a_person_may_change(repo: Path) -> None:
+    with Repository.open(str(repo)) as repository:
+        point = repository.points("web01")[0]
+        image = repository.open_image("web01", point, "vda")
+        before = repository.manifest("web01", point)
+        backupfs(repo, "edit", f"web01/{point}", "--note", "before\nthe upgrade", "--tag", "a", "--tag", "b", "--pin")
+        after = repository.manifest("web01", point)
+        assert (after.note, after.tags, after.pinned) == ("before\nthe upgrade", ["a", "b"], True)
+        assert after.disks == before.disks
+        assert backupfs_json(repo, "edit", f"web01/{point}", "--untag", "a", "--no-pin")["tags"] == ["b"]
+        after = repository.manifest("web01", point)
+        assert (after.note, after.tags, after.pinned) == ("before\nthe upgrade", ["b"], False)
+        data = bytearray(10)
+        image.readinto(0, data)
+        assert data == b"1" * 10
+        image.close()
+        assert read_point(repository, point) == b"1" * 100 * KiB
+        repository.reindex()
+        assert read_point(repository, point) == b"1" * 100 * KiB
+    assert not list((repo / "tmp").iterdir())
+    backupfs(repo, "edit", "web01/latest", "--tag", "", code=2)
+    backupfs(repo, "verify")
+
+
+def test_edit_keeps_what_it_does_not_know(repo: Path) -> None:
+    from backupfs.repository.manifest import seal
+
+    with Repository.open(str(repo)) as repository:
+        point = repository.points("web01")[0]
+        path = repo / "vms/web01/points" / f"{point}.json"
+        document = json.loads(path.read_bytes())
+        del document["blake3"]
+        path.write_bytes(seal({**document, "of_a_later_version": [1, 2]}))
+        for _ in range(2):
+            edit(repository, "web01", point, note="x", add=["t"], remove=[], pinned=True, waiting=None)
+            assert json.loads(path.read_bytes())["of_a_later_version"] == [1, 2]
+        for bad in ("", " x", "a\nb", "x" * 101):
+            with pytest.raises(UsageError):
+                edit(repository, "web01", point, note=None, add=[bad], remove=[], pinned=None, waiting=None)
+        with repository.exclusive(), pytest.raises(Locked):
+            edit(repository, "web01", point, note="y", add=[], remove=[], pinned=None, waiting=None)
+
+
+def test_status_of_a_good_repository(repo: Path) -> None:
+    moment = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    disk = repo.parent / "disk.raw"
+    disk.write_bytes(b"3" * 70000)
+    backupfs(repo, "backup", "web01", f"vda={disk}", "--time", moment)
+    backupfs(repo, "verify")
+    backupfs(repo, "gc")
+    code, found = run_status(repo, "--max-age", "26h")
+    assert code == 0
+    assert found["ok"] is True
+    (vm,) = found["vms"]  # type: ignore[misc]
+    assert (vm["vm"], vm["points"], vm["problems"]) == ("web01", 3, [])
+    assert 0 <= vm["age_s"] < 300
+    assert {(r["what"], r["vm"], r["ok"]) for r in found["results"]} == {  # type: ignore[attr-defined]
+        ("backup", "web01", True),
+        ("verify", "web01", True),
+        ("gc", None, True),
+    }
+    backupfs(repo, "gc", "--dry-run")
+    text = backupfs(repo, "status")
+    assert "backup web01: good" in text
+    assert "free" in text
+
+
+def test_what_makes_status_fail(repo: Path) -> None:
+    with Repository.open(str(repo)) as repository:
+        assert look(repository).problems == []
+        (old,) = look(repository, timedelta(0)).problems
+        assert "newest point is" in old
+        backupfs(repo, "backup", "web01", f"vda={repo}/nothing", code=30)
+        (failed,) = look(repository).problems
+        assert failed.startswith("web01: backup: ")
+        backupfs(repo, "backup", "web09", f"vda={repo}/nothing", code=30)
+        assert len(look(repository).problems) == 2
+        with pytest.raises(KeyboardInterrupt), results.recording(str(repo), "gc"):
+            raise KeyboardInterrupt
+        assert any("gc: interrupted" in p for p in look(repository).problems)
+        with pytest.raises(Locked), results.recording(str(repo), "gc"):
+            raise Locked("by another")
+        assert any("gc: interrupted" in p for p in look(repository).problems)
+        with results.recording(str(repo), "gc"):
+            pass
+        assert len(look(repository).problems) == 2
+        newest = repo / "vms/web01/points" / f"{repository.points('web01')[-1]}.json"
+        newest.write_bytes(newest.read_bytes().replace(b"crash", b"Crash"))
+        assert any("manifest" in p for p in look(repository).problems)
+    code, found = run_status(repo)
+    assert code == 1
+    assert found["ok"] is False
+
+
+def test_no_points_is_a_problem(tmp_path: Path) -> None:
+    Repository.init(str(tmp_path / "repo"))
+    code, found = run_status(tmp_path / "repo")
+    assert (code, found["problems"]) == (1, ["there are no points"])
+
+
+def test_metrics_are_prometheus_text(repo: Path, tmp_path: Path) -> None:
+    path = tmp_path / "backupfs.prom"
+    with Repository.open(str(repo)) as repository:
+        add_point(repository, b"x", vm='a "b" \\ c')
+        backupfs(repo, "verify")
+        write_metrics(look(repository), str(path))
+        with pytest.raises(UsageError, match="No such file"):
+            write_metrics(look(repository), str(tmp_path / "no" / "file"))
+    lines = path.read_text().splitlines()
+    sample = re.compile(
+        r'backupfs_[a-z_]+(\{[a-z]+="(?:[^"\\]|\\[\\"n])*"(,[a-z]+="(?:[^"\\]|\\[\\"n])*")*\})? -?[0-9.e+]+'
+    )
+    for line in lines:
+        assert sample.fullmatch(line) or re.fullmatch(r"# (HELP|TYPE) backupfs_[a-z_]+ .+", line), line
+    assert "backupfs_ok 1" in lines
+    assert 'backupfs_points{vm="web01"} 2' in lines
+    assert 'backupfs_points{vm="a \\"b\\" \\\\ c"} 1' in lines
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert [p.name for p in tmp_path.iterdir() if "prom" in p.name] == ["backupfs.prom"]
+    backupfs(repo, "status", "--metrics", path)
+    (repo / "status" / "verify-web01.json").write_text("{}")
+    backupfs(repo, "status", "--metrics", path, code=1)
+    assert "backupfs_ok 0" in path.read_text().splitlines()
