@@ -7,8 +7,8 @@
                                 `--- relay thread <-- their answers ------'
 
 One thread reads the device: two that contend for the interpreter's lock answer less than half as many reads. It never
-waits for a disk. libfuse takes its end of the pair for the device (session.py). A READ never goes through the pair,
-whose messages are bounded.
+waits, neither for a disk nor for pyfuse3: what the pair has no room for goes through a thread. libfuse takes its end of
+the pair for the device (session.py). A READ never goes through the pair, whose messages are bounded.
 
 Every request is answered once: in full up to the end of the file, or with an errno. The kernel fills a short answer up
 with zeroes. The reader ends when the mount does, and by nothing else.
@@ -21,6 +21,7 @@ import errno
 import itertools
 import logging
 import os
+import queue
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -62,6 +63,9 @@ class Lane:
 
     Attributes:
         session: the descriptor that libfuse is to take for the device; it closes it.
+
+    Raises:
+        OSError: the system has no pair, or none that holds libfuse's largest answer.
     """
 
     def __init__(self, device: int) -> None:
@@ -71,7 +75,12 @@ class Lane:
             with contextlib.suppress(OSError):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MESSAGES)
         self._largest_answer = theirs.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        if self._largest_answer < 2 * _LARGEST_LISTING:
+            self._pair.close()
+            theirs.close()
+            raise OSError(errno.ENOBUFS, f"net.core.wmem_max allows sockets only {self._largest_answer} bytes")
         self.session = theirs.detach()
+        self._late: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._files: dict[int, File] = {}
         self._workers = Workers(self._read, self._seek)
         self._in_image: File | None = None  # that the reader thread looks at
@@ -89,7 +98,7 @@ class Lane:
         self._others = others
         self._token = trio.lowlevel.current_trio_token()
         self._on_answering, self._on_end = on_answering, on_end
-        for target in (self._serve, self._relay):
+        for target in (self._serve, self._relay, self._post):
             thread = threading.Thread(target=target, name=f"lane-{target.__name__[1:]}", daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -166,12 +175,18 @@ class Lane:
                 elif opcode not in kernel.UNANSWERED:
                     if opcode in (kernel.READDIR, kernel.READDIRPLUS):
                         kernel.SIZE.pack_into(request, kernel.SIZE_AT, min(size, _LARGEST_LISTING))
-                    self._pair.send(view[:length])
+                    self._pass_on(view[:length])
             except Exception as e:  # noqa: BLE001, nothing may end the thread
                 # Nothing above raises after it answered, or after it gave the request to another one.
                 if not self._ending:
                     log.error("request %d of type %d failed: %r", unique, opcode, e)
                 self.refuse(unique, errno.ENOTCONN if self._ending else errno.EIO)
+
+    def _pass_on(self, request: memoryview) -> None:
+        try:
+            self._pair.send(request, socket.MSG_DONTWAIT)
+        except BlockingIOError:  # thousands wait for pyfuse3; those who read need not
+            self._late.put(bytes(request))
 
     def _take_read(self, unique: int, handle: int, offset: int, size: int) -> None:
         file = self._files.get(handle)
@@ -249,8 +264,18 @@ class Lane:
         if self._ending:
             self.refuse(unique, errno.ENOTCONN)
         else:
+            self._others.complain(file.inode, doing, error)  # first: who sees the error looks into the log
             self.refuse(unique, errno.EIO)
-            self._others.complain(file.inode, doing, error)
+
+    # The posting thread.
+
+    def _post(self) -> None:
+        """Pass on what the pair had no room for, as it gets room."""
+        while (request := self._late.get()) is not None:
+            try:
+                self._pair.send(request)
+            except OSError:
+                self.refuse(REQUEST.unpack_from(request)[1], errno.ENOTCONN)
 
     # The relay thread.
 
@@ -297,9 +322,11 @@ class Lane:
         self._ending = True
         with contextlib.suppress(OSError):
             self._pair.shutdown(socket.SHUT_RDWR)
+        self._late.put(None)
         if not self._workers.busy:
             self._workers.end()
         for thread in self._threads:
             thread.join(0.1)
         if not self._workers.busy and not any(thread.is_alive() for thread in self._threads):
+            self._pair.close()
             os.close(self._device)

@@ -5,6 +5,7 @@ read of it. So a layer that somebody changes while it is open is not found out b
 checked each time.
 """
 
+import mmap
 import threading
 
 import xxhash
@@ -28,8 +29,8 @@ class Payloads:
         self.whole = chunk_size | codec.NONE << CODEC_SHIFT
         # 31 bits of the hash that was found right, for each chunk_size bytes of the file: of chunks that do not overlap
         # only one can begin there. Of the hash, not only that it was: should the number of a layer ever stand for
-        # another one, it is not taken for checked. Memory that nobody touches is not taken.
-        self._checked = memoryview(bytearray(4 * (layer.length // chunk_size + 1))).cast("I")
+        # another one, it is not taken for checked. Mapped: what nobody touches takes no memory.
+        self._checked = memoryview(mmap.mmap(-1, 4 * (layer.length // chunk_size + 1))).cast("I")
 
     def is_checked(self, offset: int, xxh3: int) -> bool:
         """Whether the chunk that is stored as it is at `offset` was found to have this hash."""

@@ -1,0 +1,217 @@
+"""The read lane at a device that is one end of a socket pair; the test is the kernel, and pyfuse3."""
+
+import errno
+import os
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import trio
+from images import BytesImage
+from mounts import wait_until
+
+from backupfs.extents import Extent
+from backupfs.fuse import kernel, lane
+from backupfs.fuse.lane import Lane
+from backupfs.image import Buffer
+from backupfs.units import KiB
+
+LOOKUP = 1
+
+
+class BrokenImage(BytesImage):
+    def readinto(self, offset: int, buffer: Buffer) -> None:
+        raise ZeroDivisionError("a bug")
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        raise ZeroDivisionError("another")
+
+
+class ShortImage(BytesImage):
+    """Gives a byte less than it is asked for."""
+
+    def gather(self, offset: int, length: int) -> list[bytes]:
+        return [self.data[offset : offset + length - 1]]
+
+    def at_once(self, offset: int, length: int) -> bytes:
+        return self.data[offset : offset + length - 1]
+
+
+class Device:
+    """The kernel's side, pyfuse3's side, and who else answers, on a trio thread."""
+
+    def __init__(self) -> None:
+        self.kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.kernel.settimeout(10)
+        self.lane = Lane(device.detach())
+        self.pyfuse3 = socket.socket(fileno=self.lane.session)
+        self.pyfuse3.settimeout(10)
+        self.complaints: list[str] = []
+        self.greeted, self.started = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=trio.run, args=(self._live,))
+        self._thread.start()
+        assert self.started.wait(10)
+
+    async def _live(self) -> None:
+        self._token, self._over = trio.lowlevel.current_trio_token(), trio.Event()
+        self.lane.start(self, self.greeted.set, self._over.set)
+        self.started.set()
+        await self._over.wait()
+        self.lane.close()
+
+    def start_read(self, unique: int, handle: int, offset: int, size: int) -> None:
+        content = repr((handle, offset, size)).encode()
+        self.lane.answer(unique, [content], len(content))
+
+    def start_seek(self, unique: int, handle: int, offset: int, whence: int) -> None:
+        self.lane.answer_seek(unique, offset + whence)
+
+    def complain(self, inode: int, doing: str, error: Exception) -> None:
+        self.complaints.append(f"{inode} {doing}: {error}")
+
+    def ask(self, opcode: int, unique: int, handle: int = 0, offset: int = 0, wanted: int = 0) -> None:
+        self.kernel.send(kernel.REQUEST.pack(opcode, unique, handle, offset, wanted).ljust(80, b"\0"))
+
+    def answered(self) -> tuple[int, int, bytes]:
+        """Return an answer: unique, errno, content."""
+        message = self.kernel.recv(1 << 21)
+        length, code, unique = kernel.ANSWER.unpack_from(message)
+        assert length == len(message)
+        return unique, -code, message[kernel.ANSWER_SIZE :]
+
+    def add(self, handle: int, inode: int, image: BytesImage) -> SimpleNamespace:
+        held = SimpleNamespace(image=image, condemned=None)
+        trio.from_thread.run_sync(self.lane.add, handle, inode, held, trio_token=self._token)
+        return held
+
+    def remove(self, handle: int) -> None:
+        trio.from_thread.run(self.lane.remove, handle, trio_token=self._token)
+
+    def close(self) -> None:
+        trio.from_thread.run(self.lane.finish, trio_token=self._token)
+        self.kernel.close()
+        self.pyfuse3.close()
+        trio.from_thread.run_sync(self._over.set, trio_token=self._token)
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def device() -> Iterator[Device]:
+    device = Device()
+    try:
+        yield device
+    finally:
+        device.close()
+
+
+def test_reads_are_answered_in_full_up_to_the_end(device: Device) -> None:
+    data = os.urandom(10_000)
+    device.add(7, 70, BytesImage(data))
+    for number, (offset, wanted) in enumerate([(0, 4096), (9_000, 4096), (9_999, 1), (10_000, 4096), (1 << 63, 1)], 1):
+        device.ask(kernel.READ, number, 7, offset, wanted)
+        assert device.answered() == (number, 0, data[offset : offset + wanted])
+
+
+def test_an_exception_ends_no_thread(device: Device) -> None:
+    device.add(7, 70, BrokenImage(bytes(10_000)))
+    for number in range(1, 101):
+        device.ask((kernel.READ, kernel.LSEEK)[number % 2], number, 7, number, os.SEEK_DATA)
+        assert device.answered() == (number, errno.EIO, b"")
+        assert len(device.complaints) == number, "it is in the log before the reader knows"
+    assert device.complaints[:2] == ["70 seek at 1: another", f"70 read of {os.SEEK_DATA} bytes at 2: a bug"]
+    device.add(8, 80, BytesImage(b"abc"))
+    device.ask(kernel.READ, 101, 8, 0, 3)
+    assert device.answered() == (101, 0, b"abc")
+
+
+def test_an_image_that_gives_too_little_is_an_error(device: Device) -> None:
+    device.add(7, 70, ShortImage(bytes(100)))
+    device.ask(kernel.READ, 1, 7, 0, 50)
+    assert device.answered() == (1, errno.EIO, b"")
+    assert "another number of bytes" in device.complaints[0]
+
+
+def test_what_was_not_added_is_passed_on(device: Device) -> None:
+    device.ask(kernel.READ, 5, 99, 4096, 512)
+    assert device.answered() == (5, 0, b"(99, 4096, 512)")
+    device.ask(kernel.LSEEK, 6, 99, 10, os.SEEK_HOLE)
+    assert device.answered() == (6, 0, struct.pack("=Q", 10 + os.SEEK_HOLE))
+
+
+def test_all_else_goes_through_the_pair_and_back(device: Device) -> None:
+    for opcode in kernel.UNANSWERED:
+        device.ask(opcode, 1)
+    device.ask(LOOKUP, 2, 11, 22, 1 << 30)
+    request = device.pyfuse3.recv(1 << 20)
+    assert kernel.REQUEST.unpack_from(request) == (LOOKUP, 2, 11, 22, 1 << 30)
+    assert len(request) == 80
+    device.pyfuse3.send(kernel.ANSWER.pack(20, 0, 2) + b"name")
+    assert device.answered() == (2, 0, b"name")
+    assert device.greeted.wait(10)
+
+
+def test_listings_are_asked_for_in_parts_that_fit(device: Device) -> None:
+    for opcode in (kernel.READDIR, kernel.READDIRPLUS):
+        device.ask(opcode, 3, 4, 0, 1 << 20)
+        size = kernel.REQUEST.unpack_from(device.pyfuse3.recv(1 << 20))[4]
+        device.pyfuse3.send(kernel.ANSWER.pack(kernel.ANSWER_SIZE + size, 0, 3) + bytes(size))
+        assert device.answered() == (3, 0, bytes(128 * KiB))
+
+
+def test_a_busy_pyfuse3_holds_no_reader_up(device: Device) -> None:
+    device.add(7, 70, BytesImage(b"abc"))
+    count = 20_000  # more than the pair holds
+    for number in range(count):
+        device.ask(LOOKUP, number + 10)
+    device.ask(kernel.READ, 1, 7, 0, 3)
+    assert device.answered() == (1, 0, b"abc")
+    uniques = {kernel.REQUEST.unpack_from(device.pyfuse3.recv(1 << 20))[1] for _ in range(count)}
+    assert uniques == set(range(10, count + 10))
+
+
+def test_a_removed_handle_and_a_condemned_image(device: Device) -> None:
+    held = device.add(7, 70, BytesImage(b"abc"))
+    held.condemned = ValueError("its map is another")
+    for opcode in (kernel.READ, kernel.LSEEK):
+        device.ask(opcode, 1, 7, 0, 3)
+        assert device.answered() == (1, errno.EIO, b"")
+    assert "its map is another" in device.complaints[0]
+    device.remove(7)
+    device.ask(kernel.READ, 2, 7, 0, 3)
+    assert device.answered() == (2, 0, b"(7, 0, 3)")
+
+
+def test_after_the_end_of_pyfuse3_everything_is_refused(device: Device) -> None:
+    device.pyfuse3.close()
+    wait_until(lambda: not any(t.name == "lane-relay" for t in threading.enumerate()))
+    device.ask(LOOKUP, 1)
+    unique, code, content = device.answered()
+    assert (unique, content) == (1, b"")
+    assert code in (errno.EIO, errno.ENOTCONN)
+
+
+def test_a_pair_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lane, "_LARGEST_LISTING", 1 << 30)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="wmem_max"):
+        Lane(-1)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_data_that_is_known_is_not_looked_for_again() -> None:
+    image = BytesImage(bytes(64 * KiB))
+    asked: list[int] = []
+
+    def extents(offset: int, length: int) -> Iterator[Extent]:
+        asked.append(offset)
+        return iter([Extent(offset, length, False)])
+
+    image.extents = extents  # type: ignore[method-assign]
+    file = lane.File(70, SimpleNamespace(image=image, condemned=None))
+    assert file.seek(10, os.SEEK_HOLE) == 64 * KiB
+    assert [file.seek(20, whence) for whence in (os.SEEK_HOLE, os.SEEK_DATA)] == [64 * KiB, 20]
+    assert asked == [10]
