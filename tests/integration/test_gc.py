@@ -15,7 +15,7 @@ from repositories import MOMENT, add_point, read_point
 from backupfs.errors import BackupfsError, Corrupt, Locked, NotFound, RepositoryError
 from backupfs.extents import Extent
 from backupfs.image import Buffer
-from backupfs.repository import locks, manifest, space
+from backupfs.repository import locks, manifest, repository, space
 from backupfs.repository.repository import Repository
 from backupfs.services.gc import GcReport, freed_by_deleting, gc
 from backupfs.services.ingest import DiskBackup
@@ -212,7 +212,7 @@ def test_a_point_deleted_while_it_is_being_opened(disk: Disk, monkeypatch: pytes
             delete(disk.repository, [(VM, point)])
             super().__init__(path)
 
-    monkeypatch.setattr(locks, "Pin", LatePin)
+    monkeypatch.setattr(repository, "Pin", LatePin)
     with pytest.raises(NotFound):
         disk.repository.open_image(VM, point, "vda")
 
