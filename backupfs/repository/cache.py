@@ -1,6 +1,5 @@
 """A bounded cache of byte-like values, least recently used out first. May be called from any thread."""
 
-import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -26,8 +25,10 @@ class LruCache(Generic[K, V]):
         if held is None:
             return None
         if 2 * self._used > self._limit:  # otherwise nothing is about to be dropped
-            with contextlib.suppress(KeyError):  # dropped in between
+            try:  # noqa: SIM105, suppress() would cost a microsecond of each read
                 self._values.move_to_end(key)
+            except KeyError:  # dropped in between
+                pass
         return held[0]
 
     def put(self, key: K, value: V, cost: int) -> None:
