@@ -16,6 +16,7 @@ from backupfs.units import KiB, MiB
 
 VERSION = 1
 
+LAYER_MODE = 0o400  # of a file that is complete: nobody writes to it any more
 HEADER_SIZE = 4 * KiB
 ALIGNMENT = 4 * KiB
 MIN_CHUNK, MAX_CHUNK = 4 * KiB, MiB

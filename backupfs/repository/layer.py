@@ -4,6 +4,7 @@
 leaves a temporary file that the next writer removes: a layer gets its name only when it is whole and on the disk.
 """
 
+import contextlib
 import ctypes
 import os
 import threading
@@ -20,6 +21,7 @@ from backupfs.repository.format import (
     ALIGNMENT,
     FENCE_ROWS,
     HEADER_SIZE,
+    LAYER_MODE,
     ROW,
     TRAILER_SIZE,
     LayerHeader,
@@ -118,6 +120,11 @@ class Layer:
         except OSError:  # EAGAIN; EOPNOTSUPP of file systems that can't tell
             return None
         return buffer if got == length else None
+
+    def read_nothing_ahead(self) -> None:
+        """Let the kernel read what is asked for and no more. Source: posix_fadvise(2)."""
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def trailer(self) -> LayerTrailer:
         """Return the checked trailer; the fences are loaded with it."""
@@ -279,7 +286,7 @@ class LayerWriter:
         self._pwrite([tail], position)
         digest.update(tail)
         os.ftruncate(self._fd, trailer.length)
-        os.fchmod(self._fd, 0o444)
+        os.fchmod(self._fd, LAYER_MODE)
         os.fsync(self._fd)
         self.close()
         return LayerFacts(trailer.length, digest.hexdigest(), self._data_chunks, self._stored)

@@ -15,7 +15,7 @@ import numpy as np
 from backupfs.errors import Corrupt, RepositoryError
 from backupfs.repository import codec
 from backupfs.repository.files import fsync_folder, write_new
-from backupfs.repository.format import CODEC_SHIFT, Rows
+from backupfs.repository.format import CODEC_SHIFT, LAYER_MODE, Rows
 from backupfs.repository.layer import Layer
 from backupfs.repository.payloads import read_chunk
 
@@ -117,7 +117,7 @@ def _write(path: str, offset: int, payload: bytes) -> None:
 
 @contextlib.contextmanager
 def _writable(path: str) -> Iterator[int]:
-    """Yield a descriptor to write to a layer, whose mode is 0444."""
+    """Yield a descriptor to write to a layer, which is read-only."""
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     except PermissionError:  # not root
@@ -125,7 +125,7 @@ def _writable(path: str) -> Iterator[int]:
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         finally:
-            os.chmod(path, 0o444)
+            os.chmod(path, LAYER_MODE)
     try:
         yield fd
     finally:

@@ -1,10 +1,12 @@
 """The chunks that lie in one open layer, checked against their hashes. From any thread.
 
-A chunk that is stored as it is gets its check when it is first read; from then on only the bytes that are wanted are
-read of it. So a layer that somebody changes while it is open is not found out by its hashes. Compressed chunks are
-checked each time.
+Whatever comes from the disk is read as a whole chunk and checked. Of a chunk that is stored as it is, and was checked
+before, a part may be read without that as long as the kernel still has it in memory, where the checked read left it
+(`Layer.pread_at_once`): once it has to come from the disk again, it is checked again. What is not found out is another
+program that changes the layer, or that brings a chunk, gone bad on the disk since, back into memory by reading it.
 """
 
+import contextlib
 import mmap
 import threading
 
@@ -27,22 +29,27 @@ class Payloads:
         self.layer = layer
         self.chunk_size = chunk_size
         self.whole = chunk_size | codec.NONE << CODEC_SHIFT
+        self._remembers = False
         # 31 bits of the hash that was found right, for each chunk_size bytes of the file: of chunks that do not overlap
         # only one can begin there. Of the hash, not only that it was: should the number of a layer ever stand for
         # another one, it is not taken for checked. Mapped: what nobody touches takes no memory.
         self._checked = memoryview(mmap.mmap(-1, 4 * (layer.length // chunk_size + 1))).cast("I")
 
     def is_checked(self, offset: int, xxh3: int) -> bool:
-        """Whether the chunk that is stored as it is at `offset` was found to have this hash."""
+        """Whether the chunk that is stored as it is at `offset` was found to have this hash.
+
+        To be asked after a part of it was read out of the kernel's memory, not before.
+        """
         try:
             return self._checked[offset // self.chunk_size] == xxh3 & 0xFFFFFFFF | 1
         except IndexError:
             return False  # the file was cut off before it
 
-    def check(self, chunk: bytes | memoryview, offset: int, xxh3: int) -> None:
-        """Compare a decoded chunk with its hash. Raises Corrupt."""
+    def check(self, chunk: memoryview, offset: int, xxh3: int) -> None:
+        """Compare a chunk that is stored as it is with its hash, and remember it. Raises Corrupt."""
         if xxhash.xxh3_64_intdigest(chunk) != xxh3:
             raise Corrupt(self.layer.path, offset, "the chunk's checksum does not match")
+        self._remember(offset, xxh3)
 
     def chunk(self, offset: int, xxh3: int, packed: int) -> bytes:
         """Return one decoded and checked chunk.
@@ -55,13 +62,22 @@ class Payloads:
         Raises:
             Corrupt: the bytes are not those that were written.
         """
+        if packed == self.whole:
+            self.forget(offset)
         chunk = read_chunk(self.layer, offset, packed, xxh3, self.chunk_size)
         if packed == self.whole:
-            self.mark(offset, xxh3)
+            self._remember(offset, xxh3)
         return chunk
 
-    def mark(self, offset: int, xxh3: int) -> None:
-        """Remember that a chunk was found right."""
+    def forget(self, offset: int) -> None:
+        """Take a chunk for unchecked. Before it is read: what the reading brings into memory may be bad."""
+        with contextlib.suppress(IndexError):  # the file was cut off before it
+            self._checked[offset // self.chunk_size] = 0
+
+    def _remember(self, offset: int, xxh3: int) -> None:
+        if not self._remembers:
+            self.layer.read_nothing_ahead()  # else the kernel brings chunks into memory that nobody checks
+            self._remembers = True
         self._checked[offset // self.chunk_size] = xxh3 & 0xFFFFFFFF | 1
 
 
@@ -95,34 +111,29 @@ def read_chunk(layer: Layer, offset: int, packed: int, xxh3: int, chunk_size: in
 
 
 class Run:
-    """Bytes of chunks that are stored as they are, side by side in one layer: read at once."""
+    """Whole chunks that are stored as they are, side by side in one layer: read at once."""
 
-    def __init__(self, payloads: Payloads, offset: int, length: int) -> None:
+    def __init__(self, payloads: Payloads, offset: int, xxh3: int) -> None:
         self._payloads = payloads
         self._offset = offset
-        self._length = length
-        self._expected: list[tuple[int, int]] = []
+        self._hashes = [xxh3]
 
-    def extend(self, payloads: Payloads, offset: int, length: int) -> bool:
-        """Take more bytes in, if they come next; return whether they do."""
-        if payloads is not self._payloads or offset != self._offset + self._length:
+    def extend(self, payloads: Payloads, offset: int, xxh3: int) -> bool:
+        """Take one more chunk in, if it comes next; return whether it does."""
+        if payloads is not self._payloads or offset != self._offset + len(self._hashes) * payloads.chunk_size:
             return False
-        self._length += length
+        self._hashes.append(xxh3)
         return True
 
-    def expect(self, offset: int, xxh3: int) -> None:
-        """Have the chunk at `offset`, all of which is in the run, checked unless it was."""
-        if not self._payloads.is_checked(offset, xxh3):
-            self._expected.append((offset, xxh3))
-
     def read(self, buffer: memoryview) -> memoryview:
-        """Read the bytes into the beginning of a buffer; return that part of it. Raises Corrupt."""
-        payloads, view = self._payloads, buffer[: self._length]
+        """Read the chunks into the beginning of a buffer; return that part of it. Raises Corrupt."""
+        payloads, size = self._payloads, self._payloads.chunk_size
+        view = buffer[: len(self._hashes) * size]
+        for offset in range(self._offset, self._offset + len(view), size):
+            payloads.forget(offset)
         payloads.layer.pread_into(self._offset, view)
-        for offset, xxh3 in self._expected:
-            first = offset - self._offset
-            payloads.check(view[first : first + payloads.chunk_size], offset, xxh3)
-            payloads.mark(offset, xxh3)
+        for i, xxh3 in enumerate(self._hashes):
+            payloads.check(view[i * size : (i + 1) * size], self._offset + i * size, xxh3)
         return view
 
 

@@ -159,7 +159,8 @@ class PointImage:
         if payloads is None:
             return None
         if packed == payloads.whole:
-            return payloads.layer.pread_at_once(at + within, length) if payloads.is_checked(at, xxh3) else None
+            piece = payloads.layer.pread_at_once(at + within, length)
+            return piece if payloads.is_checked(at, xxh3) else None
         chunk = store.chunks.get((chain_no, seq, at, xxh3))
         return None if chunk is None else memoryview(chunk)[within : within + length]
 
@@ -173,8 +174,6 @@ class PointImage:
         if not packed:
             return (ZEROES[:length],)
         payloads = self._store.payloads(self._chain, seq)
-        if packed == payloads.whole and payloads.is_checked(at, xxh3):
-            return (payloads.layer.pread(at + within, length),)
         return (memoryview(self._chunk(payloads, seq, at, xxh3, packed))[within : within + length],)
 
     def _pieces_of_chunks(self, offset: int, length: int) -> list[Buffer | bytes]:
@@ -191,13 +190,12 @@ class PointImage:
             at, xxh3, seq, packed = PLACE.unpack_from(self.map.region(region), i * PLACE.size)
             if packed:
                 payloads = self._store.payloads(self._chain, seq)
-                if packed == payloads.whole and (size == self._chunk_size or payloads.is_checked(at, xxh3)):
-                    if run is None or not run.extend(payloads, at + within, size):
+                if packed == payloads.whole and size == self._chunk_size:
+                    if run is None or not run.extend(payloads, at, xxh3):
                         if run is not None:
                             pieces.append(run.read(memory))
                             memory = memory[len(pieces[-1]) :]
-                        run = Run(payloads, at + within, size)
-                    run.expect(at, xxh3)
+                        run = Run(payloads, at, xxh3)
                     continue
             if run is not None:
                 pieces.append(run.read(memory))

@@ -16,6 +16,7 @@ import msgspec
 
 from backupfs.errors import BackupfsError, Locked, UsageError
 from backupfs.repository import names
+from backupfs.repository.files import write_new
 from backupfs.repository.manifest import open_sealed, seal
 
 log = logging.getLogger(__name__)
@@ -56,8 +57,7 @@ def store(root: str, result: Result) -> None:
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         try:
-            with open(temporary, "xb") as file:
-                file.write(seal(result))
+            write_new(temporary, seal(result))
             os.rename(temporary, os.path.join(folder, f"{name}.json"))
         except BaseException:
             with contextlib.suppress(OSError):

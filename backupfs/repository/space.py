@@ -13,7 +13,7 @@ import numpy as np
 
 from backupfs.errors import Corrupt, RepositoryError
 from backupfs.repository import codec
-from backupfs.repository.format import ALIGNMENT, HEADER_SIZE
+from backupfs.repository.format import ALIGNMENT, HEADER_SIZE, LAYER_MODE
 from backupfs.repository.layer import Layer
 from backupfs.repository.reach import Flags, Numbers
 from backupfs.units import GiB
@@ -99,7 +99,7 @@ class Puncher:
             except PermissionError:  # not root: a layer is read-only
                 os.chmod(path, 0o600)
                 self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-                os.fchmod(self.fd, 0o444)
+                os.fchmod(self.fd, LAYER_MODE)
         except OSError as e:
             raise RepositoryError(f"{path}: {e.strerror}") from e
 

@@ -16,6 +16,7 @@ from images import BytesImage
 from mounts import LANES, choose_lane, fails_with, needs_fuse, process_of, unmount_all, wait_until
 from repositories import MOMENT, add_point
 
+from backupfs.errors import Corrupt
 from backupfs.extents import Extent
 from backupfs.fuse import session
 from backupfs.fuse.lane import Lane
@@ -172,6 +173,36 @@ def test_pieces_are_what_readinto_reads(place: Place) -> None:
             image.readinto(offset, buffer)
             assert buffer == expected
         assert at_hand > 1000
+
+
+def test_a_chunk_that_comes_from_the_disk_again_is_checked_again(tmp_path: Path) -> None:
+    Repository.init(str(tmp_path / "repo"), codec_name="none")
+    disk = random.Random(5).randbytes(8 * 64 * KiB)
+    with Repository.open(str(tmp_path / "repo")) as repository:
+        image = repository.open_image("web01", add_point(repository, disk).id, "vda")
+        offset = 3 * 64 * KiB + 4096
+        assert b"".join(image.gather(offset, 4096)) == disk[offset : offset + 4096]
+        assert image.at_once(offset, 4096) == disk[offset : offset + 4096]
+        (layer,) = tmp_path.rglob("*.layer")
+        layer.chmod(0o600)
+        place = layer.read_bytes().index(disk[offset : offset + 4096])
+        fd = os.open(layer, os.O_RDWR)
+        try:
+            os.pwrite(fd, b"?", place + 100)  # as if the disk had turned it
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+        if image.at_once(offset, 4096) is not None:
+            pytest.skip("this file system keeps its pages")
+        for _ in range(2):
+            with pytest.raises(Corrupt, match="checksum does not match"):
+                image.gather(offset, 4096)
+            assert image.at_once(offset, 4096) is None, "it is in memory now, and bad"
+        with pytest.raises(Corrupt, match="checksum does not match"):
+            image.gather(offset - 4096, 128 * KiB)
+        assert b"".join(image.gather(0, 3 * 64 * KiB)) == disk[: 3 * 64 * KiB]
+        image.close()
 
 
 @pytest.mark.parametrize("lane", LANES)

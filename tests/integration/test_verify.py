@@ -68,7 +68,7 @@ def flip(path: Path, offset: int) -> None:
         byte = file.read(1)[0]
         file.seek(offset)
         file.write(bytes([byte ^ 0x10]))
-    path.chmod(0o444)
+    path.chmod(0o400)
 
 
 def layer(repository: Repository, seq: int, chain: str = "main") -> Path:
@@ -242,7 +242,7 @@ def test_repair_from_another_chain(repository: Repository) -> None:
     assert layer(repository, 0).read_bytes() == before[str(layer(repository, 0))]
     kept = list((Path(repository.path) / "damaged").iterdir())
     assert len(kept) == len(before) + 3
-    assert layer(repository, 0).stat().st_mode & 0o777 == 0o444
+    assert layer(repository, 0).stat().st_mode & 0o777 == 0o400
 
 
 def test_repair_from_sources(repository: Repository, tmp_path: Path) -> None:
