@@ -326,7 +326,7 @@ class Lane:
         if not self._workers.busy:
             self._workers.end()
         for thread in self._threads:
-            thread.join(0.1)
+            thread.join(1)
         if not self._workers.busy and not any(thread.is_alive() for thread in self._threads):
             self._pair.close()
             os.close(self._device)
