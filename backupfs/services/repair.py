@@ -15,6 +15,7 @@ from backupfs.repository.mend import check_chunk, identity, mend, rows_like
 from backupfs.repository.point import disk_folder
 from backupfs.repository.repository import Repository
 from backupfs.services.damage import BadRows, Report
+from backupfs.services.verify import verify
 from backupfs.sources import open_source
 
 _AT_ONCE = 1 << 16  # chunks that are looked for at a time
@@ -41,10 +42,7 @@ def repair(
         SourceError: a source can't be opened.
     """
     if any(d.kind == "index" for d in report.damage):
-        repository.reindex()
-        for damage in report.damage:
-            if damage.kind == "index" and _is_indexed(repository, damage.vm, damage.points[0], damage.disk or ""):
-                damage.repaired = "built again from the layers"
+        _rebuild_index(repository, report)
     if not report.bad:
         return
     with repository.exclusive(waiting):
@@ -53,16 +51,15 @@ def repair(
             _repair(repository, some, sources)
 
 
-def _is_indexed(repository: Repository, vm: str, point: str, disk: str) -> bool:
-    try:
-        image = repository.open_image(vm, point, disk)
-        try:
-            image.check_map()
-        finally:
-            image.close()
-    except RepositoryError:
-        return False
-    return True
+def _rebuild_index(repository: Repository, report: Report) -> None:
+    repository.reindex()
+    stale = [d for d in report.damage if d.kind == "index"]
+    for vm in {d.vm for d in stale}:
+        again = [d for d in verify(repository, vm, None, 0, lambda *_: None).damage if d.kind == "index"]
+        for damage in stale:
+            left = {point for d in again if d.disk == damage.disk for point in d.points}
+            if damage.vm == vm and not left.intersection(damage.points):
+                damage.repaired = "built again from the layers"
 
 
 def _repair(repository: Repository, places: list[_Place], sources: Sequence[tuple[str | None, str]]) -> None:

@@ -1,8 +1,8 @@
 """Is it still good? Read what points see, in the order of the layer files, and check it against all that is known.
 
 Checked are manifests (their seals), each layer's length, header, table and trailer (against the manifest's BLAKE3),
-what the tables give for each point (against the manifest's digest), what the index gives (against the same), and of
-each stored chunk that a point sees xxh3 and BLAKE3: once, however many points see it. Other threads read, decode and
+what the tables give for each point (against the manifest's digest), the index (against the tables), and of each stored
+chunk that a point sees BLAKE3 and xxh3. Each thing once, however many points there are. Other threads read, decode and
 hash. gc may work meanwhile: what is being looked at is pinned.
 """
 
@@ -20,6 +20,7 @@ import numpy as np
 from backupfs.errors import Corrupt, NotFound, RepositoryError
 from backupfs.repository import catalog
 from backupfs.repository.format import HEADER_SIZE
+from backupfs.repository.indexcheck import index_fault
 from backupfs.repository.layer import Layer
 from backupfs.repository.locks import Pin
 from backupfs.repository.manifest import DiskEntry, Manifest
@@ -265,32 +266,29 @@ class _Chain:
             self._report.bad.append(bad)
 
     def _check_index(self, lineage: Lineage, hurt: set[str]) -> None:
-        """Compare what the index says of each point with its manifest; in a sample the newest and some others."""
-        newest = list(lineage.points.values())[-1:]
-        for point, entry in lineage.points.values():
-            if point in hurt or (
-                (point, entry) not in newest and random.SystemRandom().random() >= self._report.sample
-            ):
-                continue
+        """Compare what the index says of the lineage with its layers' tables; and open the newest point by it."""
+        whole = [(seq, point) for seq, (point, _) in lineage.points.items() if point not in hurt]
+        vm, disk = self._address.vm, self._address.disk
+        while whole:
+            newest, point = whole[-1]
             try:
-                image = self._repository.open_image(self._address.vm, point, entry.name)
-                try:
-                    image.check_map()
-                finally:
-                    image.close()
+                self._repository.open_image(vm, point, disk).close()  # indexes it, if it is newer than the index
+                index = self._repository.store.index
+                chain_no = index.chain_no(vm, disk, self._address.name)
+                assert chain_no is not None
+                fault = index_fault(index, chain_no, [x for x in lineage.layers if x.header.seq <= newest])
             except NotFound:
-                continue  # deleted meanwhile
+                whole.pop()  # deleted meanwhile
+                continue
             except RepositoryError as e:
+                fault = 0, _what(e)
+            if fault:
+                points = [point for seq, point in whole if seq >= fault[0]]
+                path = catalog.index_folder(self._repository.path, self._repository.settings.id)
                 self._report.damage.append(
-                    Damage(
-                        kind="index",
-                        vm=self._address.vm,
-                        disk=entry.name,
-                        points=[point],
-                        file=e.file if isinstance(e, Corrupt) else self._repository.path,
-                        what=_what(e),
-                    )
+                    Damage(kind="index", vm=vm, disk=disk, points=points, file=path, what=fault[1])
                 )
+            return
 
 
 def _check_file(layer: Layer, entry: DiskEntry | None) -> None:
