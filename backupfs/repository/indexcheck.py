@@ -11,7 +11,7 @@ import numpy as np
 
 from backupfs.errors import Corrupt
 from backupfs.repository import codec
-from backupfs.repository.format import Rows, Words, checks
+from backupfs.repository.format import RECORD, Rows, Words, checks
 from backupfs.repository.index import Index, record_seeds, records_of
 from backupfs.repository.layer import Layer
 
@@ -87,11 +87,24 @@ def _rows(layer: Layer, chunks: int) -> Iterator[Rows]:
             yield cut
 
 
-def _held(index: Index, chain_no: int) -> Iterator[tuple[Words, Rows]]:
-    """Yield all records of a chain. Raises Corrupt."""
-    region, count = index.next_region(chain_no, 0), 1
-    while region is not None:
-        regions, records = index.records(chain_no, region, region + count)
+def layer_records(index: Index, chain_no: int, seq: int, first: int, end: int) -> tuple[Words, Rows]:
+    """Return the records of one layer in the regions [first, end): the region of each, and the records.
+
+    Raises:
+        Corrupt: the index is damaged there.
+    """
+    found = [(np.empty(0, np.uint64), np.empty(0, RECORD))]
+    for regions, records in _held(index, chain_no, first, end):
+        ours = records["seq"] == seq
+        found.append((regions[ours], records[ours]))
+    return np.concatenate([r for r, _ in found]), np.concatenate([r for _, r in found])
+
+
+def _held(index: Index, chain_no: int, first: int = 0, end: int = 1 << 32) -> Iterator[tuple[Words, Rows]]:
+    """Yield the records of a chain in the regions [first, end). Raises Corrupt."""
+    region, count = index.next_region(chain_no, first), 1
+    while region is not None and region < end:
+        regions, records = index.records(chain_no, region, min(region + count, end))
         yield regions, records
         region = index.next_region(chain_no, region + count)
         count = min(2 * count, _REGIONS) if len(records) < _RECORDS else max(count // 2, 1)
