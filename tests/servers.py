@@ -77,6 +77,34 @@ def storage_daemon(*options: str, export: str = "disk") -> Iterator[Server]:
 
 
 @contextmanager
+def unreadable(path: Path, ranges: Sequence[tuple[int, int]]) -> Iterator[None]:
+    """Have reads of a file fail with EIO, as those of a medium with bad sectors do, while the block runs.
+
+    A FUSE file system is mounted on the file. The kernel reads it by pages: a page that has a bad byte fails.
+
+    Args:
+        ranges: the bad ones: offset, length; rising.
+    """
+    need("nbdkit", "nbdfuse")
+    with _folder() as folder:
+        rescued, position = ["0 + 1"], 0
+        for offset, length in ranges:
+            rescued += [f"{position} {offset - position} +"] if offset > position else []
+            rescued += [f"{offset} {length} -"]
+            position = offset + length
+        # ddrescue's map: only what is marked with + can be read. Source: nbdkit-ddrescue-filter(1)
+        (folder / "map").write_text("\n".join([*rescued, f"{position} {path.stat().st_size - position} +", ""]))
+        shutil.copy(path, folder / "file")
+        server = ["nbdkit", "--exit-with-parent", "--filter=ddrescue", "file", str(folder / "file")]
+        inner = ["[", *server, f"ddrescue-mapfile={folder / 'map'}", "]"]
+        try:
+            with _running(["nbdfuse", "-r", "-P", str(folder / "pid"), str(path), *inner], folder / "pid"):
+                yield
+        finally:
+            subprocess.run(["umount", "--lazy", str(path)], capture_output=True, check=False)
+
+
+@contextmanager
 def _folder() -> Iterator[Path]:
     # Not pytest's tmp_path: its names are too long for a UNIX socket now and then.
     folder = Path(tempfile.mkdtemp(prefix="bfs-test-"))

@@ -7,7 +7,7 @@ import click
 
 from backupfs.cli.options import json_option, open_repository, repository_option
 from backupfs.cli.output import print_json, print_table, progress_bars, tell
-from backupfs.errors import Corrupt, UsageError
+from backupfs.errors import BackupfsError, Corrupt, NotFound, UsageError
 from backupfs.repository import names
 from backupfs.services import points as listing
 from backupfs.units import format_size, parse_duration
@@ -43,7 +43,7 @@ def _share(_: click.Context, __: click.Parameter, value: str | None) -> float:
 @repository_option
 @click.argument("what", metavar="[VM[/POINT]]", required=False)
 @click.option("--sample", metavar="P%", callback=_share, help="Read this share of the chunks, chosen at random.")
-@click.option("--repair", is_flag=True, help="Put right what can be had elsewhere with the same BLAKE3.")
+@click.option("--repair", is_flag=True, help="Put right what can be had elsewhere or worked out, with the same BLAKE3.")
 @click.option(
     "--from",
     "sources",
@@ -70,7 +70,13 @@ def verify(what: str | None, sample: float, repair: bool, sources: tuple[str, ..
             vm, point = listing.parse_point(repository, what)
         elif what is not None:
             vm = names.check_name(what, "VM")
-        report = service.verify(repository, vm, point, sample, progress)
+        try:
+            report = service.verify(repository, vm, point, sample, progress)
+        except (UsageError, NotFound):
+            raise  # nothing was tried
+        except BaseException as e:
+            state.keep_failed_verification(repository, [vm] if vm else repository.vms(), e)
+            raise
         try:
             if repair:
                 repairing.repair(repository, report, [_source(s) for s in sources], tell)
@@ -124,17 +130,23 @@ def _print(report: "Report", damage: "list[Damage]", as_json: bool) -> None:
 )
 @repository_option
 @click.option("--max-age", metavar="TIME", help="A VM's newest point must not be older: 26h, 2d, 1w.")
-@click.option("--metrics", metavar="FILE", help="Also write a text file for Prometheus.")
+@click.option("--metrics", metavar="FILE", help="Also write a text file for Prometheus, also where all fails.")
 @json_option
 def status(max_age: str | None, metrics: str | None, as_json: bool) -> None:
     """Tell how things stand: newest points, last results, free space, known damage. Exits with 1 if something is wrong.
 
-    It reads no layers; what `verify` found last is what it knows of damage.
+    The first line says it all. It reads no layers; what `verify` found last is what it knows of damage.
     """
     from backupfs.services import status as state  # noqa: PLC0415, not needed for the other commands
 
-    with open_repository() as repository:
-        found = state.status(repository, parse_duration(max_age) if max_age is not None else None)
+    most = parse_duration(max_age) if max_age is not None else None
+    try:
+        with open_repository() as repository:
+            found = state.status(repository, most)
+    except BackupfsError:
+        if metrics is not None:
+            state.write_metrics(None, metrics)
+        raise
     if metrics is not None:
         state.write_metrics(found, metrics)
     if as_json:
@@ -146,6 +158,9 @@ def status(max_age: str | None, metrics: str | None, as_json: bool) -> None:
 
 
 def _print_status(found: "Status") -> None:
+    # The first line is what Nagios and the like show.
+    more = f" (and {len(found.problems) - 1} more)" if len(found.problems) > 1 else ""
+    click.echo(f"WRONG: {found.problems[0]}{more}" if found.problems else f"GOOD: {len(found.vms)} VMs")
     rows: list[tuple[str, ...]] = [("VM", "NEWEST", "AGE", "POINTS", "DAMAGED")]
     rows += [(v.vm, v.newest, f"{v.age_s / 3600:.1f} h", str(v.points), str(v.damaged)) for v in found.vms]
     print_table(rows)
@@ -153,5 +168,5 @@ def _print_status(found: "Status") -> None:
         name = f"{r.what} {r.vm}" if r.vm else r.what
         click.echo(f"{name}: {'good' if r.ok else 'FAILED'}, {r.finished}, {r.seconds:.0f} s")
     click.echo(f"{format_size(found.free_bytes)} of {format_size(found.size_bytes)} free")
-    for problem in found.problems:
+    for problem in found.problems[1:]:
         click.echo(f"WRONG: {problem}")

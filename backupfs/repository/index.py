@@ -400,7 +400,7 @@ class Index:
         parent = layer.seq if layer.parent_seq is None else layer.parent_seq
         txn.put(address, _encode_layer(address, layer.layer_id, parent), db=self._layers)
         for rows in gathered(layer.rows, _BATCH):
-            self._put_records(txn, chain_no, *_records(rows, layer.seq))
+            self._put_records(txn, chain_no, *records_of(rows, layer.seq))
 
     def _put_records(self, txn: "lmdb.Transaction[bytes]", chain_no: int, regions: Words, records: Rows) -> None:
         found = checks(records, record_seeds(chain_no, regions))
@@ -465,7 +465,7 @@ def gathered(parts: Iterable[Rows], least: int) -> Iterator[Rows]:
         yield np.concatenate(held)
 
 
-def _records(rows: Rows, seq: int) -> tuple[Words, Rows]:
+def records_of(rows: Rows, seq: int) -> tuple[Words, Rows]:
     """Turn rows of a footer into records, sorted: the region of each, and the records.
 
     A zero run is cut at the regions' borders.

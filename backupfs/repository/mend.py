@@ -60,7 +60,9 @@ def mend(root: str, layer: Layer, row: np.void, chunk: bytes) -> bool:
     if payload is None:
         return False
     try:
-        _keep(root, layer, row)
+        with contextlib.suppress(Corrupt):  # what the disk can't read can't be kept
+            damaged = layer.pread(int(row["offset"]), int(row["length"]))
+            keep(root, layer.header.layer_id.hex(), int(row["offset"]), damaged)
         _write(layer.path, int(row["offset"]), payload)
     except OSError as e:
         raise RepositoryError(f"{layer.path}: can't be repaired: {e.strerror}") from e
@@ -87,25 +89,21 @@ def _payload(row: np.void, chunk: bytes) -> bytes | None:
     return payload
 
 
-def _keep(root: str, layer: Layer, row: np.void) -> None:
-    """Put the damaged bytes aside; what the disk can't read can't be kept."""
+def keep(root: str, layer_id: str, offset: int, damaged: bytes) -> None:
+    """Put damaged bytes aside, into the repository's folder `damaged`. Raises OSError."""
     folder = os.path.join(root, DAMAGED)
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder, 0o700)
         fsync_folder(root)
-    try:
-        damaged = layer.pread(int(row["offset"]), int(row["length"]))
-    except Corrupt:
-        return
     # One damaged twice, in different ways, is kept twice.
-    name = f"{layer.header.layer_id.hex()}-{int(row['offset'])}-{blake3.blake3(damaged).hexdigest()[:16]}"
+    name = f"{layer_id}-{offset}-{blake3.blake3(damaged).hexdigest()[:16]}"
     with contextlib.suppress(FileExistsError):
         write_new(os.path.join(folder, name), damaged)
     fsync_folder(folder)
 
 
 def _write(path: str, offset: int, payload: bytes) -> None:
-    with _writable(path) as fd:
+    with writable(path) as fd:
         view, position = memoryview(payload), offset
         while view:
             done = os.pwrite(fd, view, position)
@@ -116,7 +114,7 @@ def _write(path: str, offset: int, payload: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _writable(path: str) -> Iterator[int]:
+def writable(path: str) -> Iterator[int]:
     """Yield a descriptor to write to a layer, which is read-only."""
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)

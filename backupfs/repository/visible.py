@@ -5,6 +5,7 @@ version hides it, so each stored version is met once, in the order of its layer'
 From any thread.
 """
 
+import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from backupfs.errors import Corrupt, NotFound, RepositoryError
+from backupfs.errors import Corrupt, RepositoryError
 from backupfs.repository import codec
 from backupfs.repository.format import LayerId, Rows, Words, digest_terms, format_digest
 from backupfs.repository.layer import Layer
@@ -81,7 +82,9 @@ def lineages(
             try:
                 layer = Layer(path)
                 check_address(layer, repository_id, chain, seq, layer_id)
-            except (NotFound, Corrupt) as e:
+            except RepositoryError as e:
+                if isinstance(e.__cause__, OSError) and e.__cause__.errno in (errno.EMFILE, errno.ENFILE):
+                    raise
                 broken(path, seq, e)
                 seq, layer_id = _parent_by_manifest(by_seq.get(seq), parents)
                 continue

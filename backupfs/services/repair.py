@@ -1,7 +1,9 @@
 """Putting right what `verify` found, from where the right bytes can be had; only what has the right BLAKE3 counts."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 
 import blake3
@@ -10,11 +12,16 @@ import numpy as np
 from backupfs.errors import Corrupt, RepositoryError, SourceError
 from backupfs.image import Image
 from backupfs.repository import catalog, names
+from backupfs.repository.format import NO_LAYER, LayerHeader, LayerId
+from backupfs.repository.indexcheck import layer_records
 from backupfs.repository.layer import Layer
+from backupfs.repository.manifest import DiskEntry
 from backupfs.repository.mend import check_chunk, identity, mend, rows_like
-from backupfs.repository.point import disk_folder
+from backupfs.repository.point import disk_folder, layer_path
+from backupfs.repository.rebuild import rebuild
 from backupfs.repository.repository import Repository
-from backupfs.services.damage import BadRows, Report
+from backupfs.services.damage import BadRows, Damage, Report
+from backupfs.services.verify import verify
 from backupfs.sources import open_source
 
 _AT_ONCE = 1 << 16  # chunks that are looked for at a time
@@ -40,11 +47,14 @@ def repair(
         RepositoryError: it can't be written to.
         SourceError: a source can't be opened.
     """
+    if any(_is_of_a_layer(d) for d in report.damage):
+        # First: a delta's rows may be in the index, as long as nobody builds it again.
+        with repository.exclusive(waiting):
+            for damage in filter(_is_of_a_layer, report.damage):
+                _rebuild_layer(repository, damage)
+        _look_again(repository, report)
     if any(d.kind == "index" for d in report.damage):
-        repository.reindex()
-        for damage in report.damage:
-            if damage.kind == "index" and _is_indexed(repository, damage.vm, damage.points[0], damage.disk or ""):
-                damage.repaired = "built again from the layers"
+        _rebuild_index(repository, report)
     if not report.bad:
         return
     with repository.exclusive(waiting):
@@ -53,16 +63,96 @@ def repair(
             _repair(repository, some, sources)
 
 
-def _is_indexed(repository: Repository, vm: str, point: str, disk: str) -> bool:
-    try:
-        image = repository.open_image(vm, point, disk)
-        try:
-            image.check_map()
-        finally:
-            image.close()
-    except RepositoryError:
-        return False
-    return True
+def _is_of_a_layer(damage: Damage) -> bool:
+    return damage.kind in ("layer", "table") and damage.file.endswith(".layer")
+
+
+def _rebuild_layer(repository: Repository, damage: Damage) -> None:
+    """Put a layer's header, table and trailer right, if what can be had is enough for it."""
+    if not os.path.exists(damage.file):
+        damage.what += "; only a copy of the file can bring it back"
+        return
+    vm = damage.vm
+    found = [
+        e for e in _entries(repository, vm) if layer_path(repository.path, vm, e.name, e.chain, e.seq) == damage.file
+    ]
+    if not found:
+        damage.what += "; its point has no manifest any more, so nothing says what was there"
+        return
+    entry = found[0]
+    header, records = _header_of(repository, vm, entry), None
+    chain_no = _chain_no(repository, vm, entry)
+    if chain_no is not None and entry.kind == "delta":
+        records = partial(layer_records, repository.store.index, chain_no, entry.seq)
+    if rebuild(repository.path, damage.file, header, entry, records):
+        damage.repaired = "the manifest, the index and the rest of the layer"
+    else:
+        damage.what += "; what is left of it is not enough to repair it"
+
+
+def _entries(repository: Repository, vm: str) -> Iterator[DiskEntry]:
+    for point in repository.points(vm):
+        with contextlib.suppress(RepositoryError):  # told by verify
+            yield from repository.manifest(vm, point).disks
+
+
+def _chain_no(repository: Repository, vm: str, entry: DiskEntry) -> int | None:
+    with contextlib.suppress(RepositoryError):
+        return repository.store.index.chain_no(vm, entry.name, entry.chain)
+    return None
+
+
+def _header_of(repository: Repository, vm: str, entry: DiskEntry) -> LayerHeader | None:
+    """Return what the header of a point's layer has to be, or None."""
+    parent: tuple[int, str] | None = (0, NO_LAYER.hex()) if entry.kind == "full" else None
+    if entry.parent is not None:
+        with contextlib.suppress(RepositoryError):
+            before = repository.manifest(vm, entry.parent).disk(entry.name)
+            parent = (before.seq, before.layer_id) if before else None
+    chain_no = _chain_no(repository, vm, entry)
+    if parent is None and chain_no is not None:  # the parent's point was deleted; its layer is there
+        with contextlib.suppress(RepositoryError):
+            index = repository.store.index
+            seq = index.layers(chain_no).get(entry.seq)
+            layer_id = index.layer_id(chain_no, seq) if seq is not None else None
+            parent = (seq, layer_id.hex()) if seq is not None and layer_id else None
+    if parent is None:
+        return None
+    return LayerHeader(
+        repository_id=bytes.fromhex(repository.settings.id),
+        layer_id=LayerId(bytes.fromhex(entry.layer_id)),
+        parent_id=LayerId(bytes.fromhex(parent[1])),
+        parent_seq=parent[0],
+        seq=entry.seq,
+        chunk_size=repository.settings.chunk_size,
+        virtual_size=entry.size,
+        vm=vm,
+        disk=entry.name,
+        chain=entry.chain,
+    )
+
+
+def _look_again(repository: Repository, report: Report) -> None:
+    """Verify what a layer that was damaged kept from being verified."""
+    repaired = [d for d in report.damage if _is_of_a_layer(d) and d.repaired]
+    for vm in {d.vm for d in repaired}:
+        again = verify(repository, vm, None, report.sample, lambda *_: None)
+        told = {d.file: d for d in report.damage if d.vm == vm}
+        for damage in again.damage:  # what could not be repaired says why already
+            damage.what = told[damage.file].what if damage.file in told else damage.what
+        report.damage[:] = [d for d in report.damage if d.vm != vm or d in repaired] + again.damage
+        report.bad[:] = [bad for bad in report.bad if bad.vm != vm] + again.bad
+
+
+def _rebuild_index(repository: Repository, report: Report) -> None:
+    repository.reindex()
+    stale = [d for d in report.damage if d.kind == "index"]
+    for vm in {d.vm for d in stale}:
+        again = [d for d in verify(repository, vm, None, 0, lambda *_: None).damage if d.kind == "index"]
+        for damage in stale:
+            left = {point for d in again if d.disk == damage.disk for point in d.points}
+            if damage.vm == vm and not left.intersection(damage.points):
+                damage.repaired = "built again from the layers"
 
 
 def _repair(repository: Repository, places: list[_Place], sources: Sequence[tuple[str | None, str]]) -> None:

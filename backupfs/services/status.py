@@ -102,7 +102,7 @@ def _vm(repository: Repository, vm: str, now: datetime, max_age: timedelta | Non
         state.problems.append(f"the newest point's manifest: {e}")
     for result in found:
         if result.vm == vm:
-            state.damaged += len(result.facts.get("damage", []))
+            state.damaged += int(result.facts.get("damaged", len(result.facts.get("damage", []))))
             if not result.ok:
                 state.problems.append(f"{result.what}: {_outcome(result)}")
     return state
@@ -114,6 +114,16 @@ def _hours(span: timedelta) -> str:
 
 def _outcome(result: Result) -> str:
     return f"{result.message or 'failed'} ({result.finished})"
+
+
+def keep_failed_verification(repository: Repository, vms: list[str], error: BaseException) -> None:
+    """Remember that a verification did not come to its end. What is known to be damaged stays known."""
+    before = {r.vm: r for r in results.load(repository.path)[0] if r.what == "verify"}
+    words = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
+    for vm in vms:
+        facts = before[vm].facts if vm in before else {}
+        result = Result(what="verify", vm=vm, ok=False, finished=results.now(), message=words, facts=facts)
+        results.store(repository.path, result)
 
 
 def keep_verification(repository: Repository, vms: list[str], point: str | None, report: Report) -> None:
@@ -145,7 +155,7 @@ def keep_verification(repository: Repository, vms: list[str], point: str | None,
             finished=results.now(),
             seconds=report.seconds,
             message=f"{len(damage)} damaged ranges or files" if damage else "",
-            facts={"sample": report.sample, "point": point, "damage": damage[:_KEPT]},
+            facts={"sample": report.sample, "point": point, "damaged": len(damage), "damage": damage[:_KEPT]},
         )
         results.store(repository.path, result)
 
@@ -156,8 +166,11 @@ def _plain(damage: Damage) -> dict[str, Any]:
     return document
 
 
-def write_metrics(state: Status, path: str) -> None:
+def write_metrics(state: Status | None, path: str) -> None:
     """Write the state as a text file for Prometheus' node_exporter; it appears by rename.
+
+    Args:
+        state: None: the repository can't be looked at. The file must not go on saying what was true before.
 
     Source: prometheus.io, text-based exposition format.
 
@@ -179,7 +192,7 @@ def write_metrics(state: Status, path: str) -> None:
         raise UsageError(f"--metrics {path}: {e.strerror}") from e
 
 
-def _metrics(state: Status) -> Iterator[str]:
+def _metrics(state: Status | None) -> Iterator[str]:
     def family(name: str, text: str, samples: list[tuple[dict[str, str], float]]) -> Iterator[str]:
         yield f"# HELP backupfs_{name} {text}"
         yield f"# TYPE backupfs_{name} gauge"
@@ -187,8 +200,10 @@ def _metrics(state: Status) -> Iterator[str]:
             shown = ",".join(f'{key}="{_escaped(label)}"' for key, label in labels.items())
             yield f"backupfs_{name}{{{shown}}} {value:.15g}" if shown else f"backupfs_{name} {value:.15g}"
 
+    yield from family("ok", "1 when nothing is wrong.", [({}, state is not None and not state.problems)])
+    if state is None:
+        return
     vms = state.vms
-    yield from family("ok", "1 when nothing is wrong.", [({}, not state.problems)])
     yield from family("free_bytes", "Free on the repository's file system.", [({}, state.free_bytes)])
     yield from family("size_bytes", "Size of the repository's file system.", [({}, state.size_bytes)])
     yield from family("points", "Points of a VM.", [({"vm": v.vm}, v.points) for v in vms])

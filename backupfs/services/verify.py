@@ -1,43 +1,38 @@
 """Is it still good? Read what points see, in the order of the layer files, and check it against all that is known.
 
 Checked are manifests (their seals), each layer's length, header, table and trailer (against the manifest's BLAKE3),
-what the tables give for each point (against the manifest's digest), what the index gives (against the same), and of
-each stored chunk that a point sees xxh3 and BLAKE3: once, however many points see it. Other threads read, decode and
+what the tables give for each point (against the manifest's digest), the index (against the tables), and of each stored
+chunk that a point sees BLAKE3 and xxh3. Each thing once, however many points there are. Other threads read, decode and
 hash. gc may work meanwhile: what is being looked at is pinned.
 """
 
 import contextlib
-import logging
 import os
 import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from sys import intern
 
 import blake3
 import numpy as np
-import xxhash
 
 from backupfs.errors import Corrupt, NotFound, RepositoryError
 from backupfs.repository import catalog
-from backupfs.repository.bulk import decoded
-from backupfs.repository.format import HEADER_SIZE, Rows
+from backupfs.repository.format import HEADER_SIZE
+from backupfs.repository.indexcheck import index_fault
 from backupfs.repository.layer import Layer
 from backupfs.repository.locks import Pin
 from backupfs.repository.manifest import DiskEntry, Manifest
-from backupfs.repository.mend import check_chunk
+from backupfs.repository.payloads import Scratch
 from backupfs.repository.point import Chain, layer_path
 from backupfs.repository.repository import Repository
-from backupfs.repository.visible import Lineage, Pass, Visible, lineages, spans
+from backupfs.repository.scrub import damaged_chunks
+from backupfs.repository.visible import Lineage, Pass, Visible, lineages
 from backupfs.services.damage import BadRows, Damage, Report
-from backupfs.units import KiB, MiB
+from backupfs.units import MiB
 
-log = logging.getLogger(__name__)
-
-_SPAN = 4 * MiB  # of a layer file, read at once
-_GAP = 64 * KiB  # rather read than skipped
+_SPAN = 8 * MiB  # of chunks, that a thread takes at a time
 _WORKERS = min(4, max(2, os.cpu_count() or 1))
 _QUEUE = 2 * _WORKERS
 _HASHED = 4 * MiB
@@ -205,11 +200,14 @@ class _Chain:
         points = [(point, entry.size) for point, entry in lineage.points.values()]
         total = sum(layer.length for layer in lineage.layers)
         pending: deque[tuple[Visible, Future[list[tuple[int, str]]]]] = deque()
+        memory = Scratch()
         with ThreadPoolExecutor(_WORKERS, "verify") as workers:
             try:
                 for found in tables.visible():
                     for span in self._spans(found):
-                        pending.append((span, workers.submit(_bad_rows, span.layer, span.rows, self._chunk_size)))
+                        pending.append(
+                            (span, workers.submit(damaged_chunks, span.layer, span.rows, self._chunk_size, memory))
+                        )
                         if len(pending) >= _QUEUE:
                             self._note(points, total, *pending.popleft())
                 while pending:
@@ -228,18 +226,17 @@ class _Chain:
             )
 
     def _spans(self, found: Visible) -> Iterator[Visible]:
-        """Cut what was found into pieces of the file that are read at once; drop what is not in the sample."""
+        """Cut what was found into pieces in the order of the file; drop what is not in the sample."""
         rows, last = found.rows, found.last
         if self._report.sample < 1:
             rng = np.random.default_rng(random.SystemRandom().getrandbits(64))
             taken = rng.random(len(rows)) < self._report.sample
             rows, last = rows[taken], last[taken]
-        if not len(rows):
-            return
         order = np.argsort(rows["offset"], kind="stable")
         rows, last = rows[order], last[order]
-        for first, end in spans(rows, _SPAN, _GAP):
-            yield Visible(found.layer, rows[first:end], found.first, last[first:end])
+        step = max(_SPAN // self._chunk_size, 1)
+        for at in range(0, len(rows), step):
+            yield Visible(found.layer, rows[at : at + step], found.first, last[at : at + step])
 
     def _note(
         self, points: list[tuple[str, int]], total: int, span: Visible, checked: Future[list[tuple[int, str]]]
@@ -269,32 +266,29 @@ class _Chain:
             self._report.bad.append(bad)
 
     def _check_index(self, lineage: Lineage, hurt: set[str]) -> None:
-        """Compare what the index says of each point with its manifest; in a sample the newest and some others."""
-        newest = list(lineage.points.values())[-1:]
-        for point, entry in lineage.points.values():
-            if point in hurt or (
-                (point, entry) not in newest and random.SystemRandom().random() >= self._report.sample
-            ):
-                continue
+        """Compare what the index says of the lineage with its layers' tables; and open the newest point by it."""
+        whole = [(seq, point) for seq, (point, _) in lineage.points.items() if point not in hurt]
+        vm, disk = self._address.vm, self._address.disk
+        while whole:
+            newest, point = whole[-1]
             try:
-                image = self._repository.open_image(self._address.vm, point, entry.name)
-                try:
-                    image.check_map()
-                finally:
-                    image.close()
+                self._repository.open_image(vm, point, disk).close()  # indexes it, if it is newer than the index
+                index = self._repository.store.index
+                chain_no = index.chain_no(vm, disk, self._address.name)
+                assert chain_no is not None
+                fault = index_fault(index, chain_no, [x for x in lineage.layers if x.header.seq <= newest])
             except NotFound:
-                continue  # deleted meanwhile
+                whole.pop()  # deleted meanwhile
+                continue
             except RepositoryError as e:
+                fault = 0, _what(e)
+            if fault:
+                points = [point for seq, point in whole if seq >= fault[0]]
+                path = catalog.index_folder(self._repository.path, self._repository.settings.id)
                 self._report.damage.append(
-                    Damage(
-                        kind="index",
-                        vm=self._address.vm,
-                        disk=entry.name,
-                        points=[point],
-                        file=e.file if isinstance(e, Corrupt) else self._repository.path,
-                        what=_what(e),
-                    )
+                    Damage(kind="index", vm=vm, disk=disk, points=points, file=path, what=fault[1])
                 )
+            return
 
 
 def _check_file(layer: Layer, entry: DiskEntry | None) -> None:
@@ -309,29 +303,3 @@ def _check_file(layer: Layer, entry: DiskEntry | None) -> None:
         digest.update(layer.pread(offset, min(_HASHED, layer.length - offset)))
     if digest.hexdigest() != entry.layer_blake3:
         raise Corrupt(layer.path, trailer.table_offset, "header, table and trailer are not those that were published")
-
-
-def _bad_rows(layer: Layer, rows: Rows, chunk_size: int) -> list[tuple[int, str]]:
-    """Read and check the chunks of one span; return the places of bad ones in `rows`, and what is wrong."""
-    begin = int(rows["offset"][0])
-    ends = rows["offset"] + rows["length"]
-    try:
-        data = memoryview(layer.pread(begin, int(ends.max()) - begin))
-    except Corrupt:
-        data = memoryview(b"")  # a sector that can't be read; which chunk is it in?
-    starts = (rows["offset"] - np.uint64(begin)).tolist()
-    identities = np.ascontiguousarray(rows[["id0", "id1"]])
-    bad = []
-    columns = zip(starts, rows["length"].tolist(), rows["codec"].tolist(), rows["xxh3"].tolist(), strict=True)
-    for i, (start, length, codec_id, xxh3) in enumerate(columns):
-        chunk = decoded(data[start : start + length], codec_id, chunk_size)
-        if chunk is not None and xxhash.xxh3_64_intdigest(chunk) == xxh3:
-            id0, id1 = identities[i].tolist()
-            if blake3.blake3(chunk).digest(length=16) == id0.to_bytes(8, "little") + id1.to_bytes(8, "little"):
-                continue
-        try:
-            check_chunk(layer, rows[i], chunk_size)
-            log.warning("%s: read wrong at offset %d, and right the second time", layer.path, begin + start)
-        except Corrupt as e:
-            bad.append((i, intern(e.what)))  # a few words for, maybe, a million chunks
-    return bad

@@ -140,6 +140,43 @@ def test_no_points_is_a_problem(tmp_path: Path) -> None:
     assert (code, found["problems"]) == (1, ["there are no points"])
 
 
+def test_a_repository_that_can_not_be_looked_at_is_not_ok(repo: Path, tmp_path: Path) -> None:
+    """An unmounted disk must not leave metrics that say what was true before."""
+    path = tmp_path / "backupfs.prom"
+    backupfs(repo, "status", "--metrics", path)
+    assert "backupfs_ok 1" in path.read_text().splitlines()
+    repo.rename(tmp_path / "away")
+    backupfs(repo, "status", "--metrics", path, code=10)
+    assert [line for line in path.read_text().splitlines() if not line.startswith("#")] == ["backupfs_ok 0"]
+
+
+def test_the_first_line_says_it(repo: Path) -> None:
+    assert backupfs(repo, "status").splitlines()[0] == "GOOD: 1 VMs"
+    command = [*BACKUPFS, "-r", str(repo), "status", "--max-age", "0h"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.startswith("WRONG: web01: the newest point is ")
+
+
+def test_a_verification_that_breaks_off_is_told(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from click.testing import CliRunner
+
+    from backupfs.cli import cli
+    from backupfs.services import verify
+
+    def break_off(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify, "verify", break_off)
+    CliRunner().invoke(cli, ["-r", str(repo), "verify"])
+    with Repository.open(str(repo)) as repository:
+        assert any("verify: interrupted" in p for p in look(repository).problems)
+    monkeypatch.undo()
+    backupfs(repo, "verify")
+    with Repository.open(str(repo)) as repository:
+        assert look(repository).problems == []
+
+
 def test_metrics_are_prometheus_text(repo: Path, tmp_path: Path) -> None:
     path = tmp_path / "backupfs.prom"
     with Repository.open(str(repo)) as repository:

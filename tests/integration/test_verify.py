@@ -6,12 +6,15 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands import backupfs
 from repositories import add_point, read_point
 
 from backupfs.errors import BackupfsError, Corrupt
 from backupfs.extents import Extent
+from backupfs.repository.format import NO_LAYER
+from backupfs.repository.index import _encode_layer
 from backupfs.repository.layer import Layer
 from backupfs.repository.repository import Repository
 from backupfs.services.damage import Damage, Report
@@ -123,6 +126,7 @@ def test_a_chunk_hurts_the_points_that_see_it(repository: Repository) -> None:
             expected = [point] if point in points else []
             assert [p for d in damage_of(check(repository, "web01", point)) for p in d.points] == expected
             repository.store.chunks.clear()
+            repository.store.opened.clear()  # which chunks were found right is known while a layer is open
             assert bytes_or_error(repository, point) == (None if expected else data)
         flip(path, offset)
     assert damage_of(check(repository)) == []
@@ -211,6 +215,44 @@ def test_a_damaged_index_is_told_and_built_again(repository: Repository) -> None
     assert all(d.repaired for d in damage_of(report))
     assert damage_of(check(repository)) == []
     assert read_point(repository, third) == STATES[2]
+
+
+@pytest.mark.parametrize("repository", ["none"], indirect=True)
+def test_what_the_index_is_wrong_about(repository: Repository) -> None:
+    """Records with right checks and counts, but others than the table's; a layer with another parent."""
+    points = repository.points("web01")
+    index = repository.store.index
+    chain_no = index.chain_no("web01", "vda", "main")
+    assert chain_no is not None
+    regions, records = index.records(chain_no, 0, 1)
+
+    def put(kept: list[bool], change: int | None = None) -> None:
+        new = records.copy()
+        if change is not None:
+            new["offset"][change] ^= np.uint64(CHUNK)
+        with index._env.begin(write=True) as txn:
+            index._replace(txn, chain_no, 0, regions[kept], new[kept])
+
+    def found() -> list[tuple[str, list[str]]]:
+        return [(d.kind, d.points) for d in damage_of(check(repository, sample=0))]
+
+    everything = [True] * len(records)
+    for place, seq in enumerate(records["seq"].tolist()):
+        put([i != place for i in range(len(records))])
+        assert found() == [("index", points[seq:])]
+        put(everything, place)
+        assert found() == [("index", points[seq:])]
+        assert damage_of(check(repository, "web01", points[seq - 1])) == []
+    put(everything)
+    assert found() == []
+    key = chain_no.to_bytes(4, "big") + (2).to_bytes(4, "big")
+    with index._env.begin(write=True, db=index._layers) as txn:
+        txn.put(key, _encode_layer(key, index.layer_id(chain_no, 2) or NO_LAYER, 0))
+    assert found() == [("index", points[2:])]
+    report = check(repository)
+    repair(repository, report, [], None)
+    assert [d.repaired for d in damage_of(report)] == ["built again from the layers"]
+    assert found() == []
 
 
 def damage_some(repository: Repository) -> dict[str, bytes]:

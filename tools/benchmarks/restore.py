@@ -1,22 +1,20 @@
 """`tools/bench restore`: restore against qemu-img convert, verify against reading and decompressing.
 
 A repository and a chain of qcow2 overlays hold the same bytes: a disk of real files and 30 deltas. All is in the page
-cache; each contender starts as a process of its own, and what it writes is on the disk when it ends.
+cache, or, where a row says cold, nothing; each contender starts as a process of its own, and what it writes is on the
+disk when it ends. Verifying and its peers are timed without the start of the process.
 """
 
 import argparse
+import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from backupfs.repository import codec
-from backupfs.repository.format import CODEC_SHIFT, LENGTH_MASK, Rows
-from backupfs.repository.layer import Layer
-from backupfs.repository.visible import spans
-from backupfs.units import GiB, KiB, MiB
-from benchmarks.disks import make_real_disk, warm
+from backupfs.units import GiB, MiB
+from benchmarks import payloads
+from benchmarks.disks import forget, make_real_disk, warm
 from benchmarks.read import Deltas, Plan, build_overlays, build_repository
 from benchmarks.report import BACKUPFS, Report, Row
 from benchmarks.workplace import Workplace, run
@@ -24,6 +22,13 @@ from benchmarks.workplace import Workplace, run
 _DELTAS = 30
 _CODECS = ("none", "zstd")
 _AT_LEAST = 0.7  # of the peer's speed
+_LIMIT = "read and decompress, 1 thread"
+# What only reads, and its arguments: threads, and whether BLAKE3 is worked out too.
+_PEERS = {
+    _LIMIT: ("1",),
+    "read and decompress, 2 threads": ("2",),
+    "the same and BLAKE3, 2 threads": ("2", "blake3"),
+}
 
 
 def run_benchmark(place: Workplace, report: Report, arguments: argparse.Namespace) -> None:
@@ -76,51 +81,28 @@ def measure_restore(place: Workplace, report: Report, plan: Plan, top: Path, sto
 
 
 def measure_verify(place: Workplace, report: Report, plan: Plan, name: str) -> None:
-    """Verify all; in turn with a process that reads and decompresses the same payloads, and hashes nothing."""
-    ours: list[float] = []
-    peers: dict[int, list[float]] = {1: [], 2: []}
-    peak = 0
-    payload = sum(int(rows["length"].sum()) for _, rows in _jobs(place.path(name)))
-    for number in range(plan.rounds + 1):
-        spent = place.measure(BACKUPFS, "-r", place.path(name), "verify")
-        peak = max(peak, spent.peak_bytes)
-        if number:
-            ours.append(payload / MiB / spent.seconds)
-        for threads, values in peers.items():
-            command = (sys.executable, "-m", "benchmarks.restore", place.path(name), str(threads))
-            seconds = place.measure(*command).seconds
-            if number:
-                values.append(payload / MiB / seconds)
-    for threads, values in peers.items():
-        peer = f"read and decompress, {threads} threads"
-        limit = _AT_LEAST if threads == 1 else None
-        report.add(Row(f"verify, {name}", ours, "MiB/s stored", peer, values, at_least=limit))
-    report.add(Row(f"verify, {name}, memory", [peak / MiB], "MiB", at_most=200))
-
-
-def _jobs(repository: Path) -> list[tuple[Layer, Rows]]:
-    """Return the pieces of all layers, as verify cuts them."""
-    jobs = []
-    for path in sorted(repository.rglob("*.layer")):
-        layer = Layer(str(path))
-        for rows in layer.rows():
-            data = rows[rows["codec"] != codec.ZERO]
-            data = data[np.argsort(data["offset"])]
-            jobs += [(layer, data[first:end]) for first, end in spans(data, 4 * MiB, 64 * KiB)] if len(data) else []
-    return jobs
-
-
-def _decompress(job: tuple[Layer, Rows]) -> None:
-    layer, rows = job
-    begin = int(rows["offset"][0])
-    data = memoryview(layer.pread(begin, int((rows["offset"] + rows["length"]).max()) - begin))
-    packed = (rows["length"] | rows["codec"] << CODEC_SHIFT).tolist()
-    for offset, word in zip((rows["offset"] - np.uint64(begin)).tolist(), packed, strict=True):
-        if word >> CODEC_SHIFT == codec.ZSTD:
-            codec.decompress(data[offset : offset + (word & LENGTH_MASK)], layer.header.chunk_size)
-
-
-if __name__ == "__main__":
-    with ThreadPoolExecutor(int(sys.argv[2])) as workers:
-        for _ in workers.map(_decompress, _jobs(Path(sys.argv[1]))):
-            pass
+    """Verify all; in turn with processes that read and decompress the same payloads, one of which hashes them too."""
+    repository = place.path(name)
+    layers = list(repository.rglob("*.layer"))
+    payload = sum(int(rows["length"].sum()) for _, rows in payloads.jobs(repository))
+    for cold in (False, True):
+        speeds: dict[str, list[float]] = {what: [] for what in ("verify", *_PEERS)}
+        peak = 0
+        for number in range(plan.rounds + 1):
+            for what, values in speeds.items():
+                for layer in layers if cold else ():
+                    forget(layer)
+                if what == "verify":
+                    spent = place.measure(BACKUPFS, "-r", repository, "verify", "--json")
+                    seconds, peak = json.loads(spent.said)["seconds"], max(peak, spent.peak_bytes)
+                else:
+                    command = (sys.executable, payloads.__file__, repository, *_PEERS[what])
+                    seconds = float(place.measure(*command).said)
+                if number:
+                    values.append(payload / MiB / seconds)
+        row = f"verify, {name}" + (", cold" if cold else "")
+        for peer in _PEERS:
+            limit = _AT_LEAST if peer == _LIMIT else None
+            report.add(Row(row, speeds["verify"], "MiB/s stored", peer, speeds[peer], at_least=limit))
+        report.add(Row(f"{row}, memory", [peak / MiB], "MiB", at_most=200))
+        report.say(row)

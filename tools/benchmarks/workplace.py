@@ -31,11 +31,15 @@ class Failed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """What a command took: time on the clock, time of processors, and the most memory of any one of its processes."""
+    """What a command took: time on the clock, time of processors, and the most memory of any one of its processes.
+
+    `said` is what it printed.
+    """
 
     seconds: float
     cpu_s: float
     peak_bytes: int
+    said: str
 
 
 def run(*command: str | Path) -> str:
@@ -93,10 +97,10 @@ class Workplace:
         facts = self.path("spent")
         timed = ["/usr/bin/time", "--quiet", f"--output={facts}", "--format=%U %S %M"]
         started = time.monotonic()
-        run(*timed, *command)
+        said = run(*timed, *command)
         seconds = time.monotonic() - started
         user, system, peak = facts.read_text().split()
-        return Spent(seconds, float(user) + float(system), int(peak) << 10)
+        return Spent(seconds, float(user) + float(system), int(peak) << 10, said)
 
     @contextlib.contextmanager
     def serving(self, image: Path, image_format: str, *, writable: bool = False) -> Iterator[str]:
