@@ -10,14 +10,14 @@ from typing import Any
 import click
 
 from backupfs import __version__
-from backupfs.cli import check, edit, keep, look, mounts, restore, take
+from backupfs.cli import check, edit, hydrate, keep, look, mounts, restore, take
 from backupfs.cli.options import repository_option, set_repository
 from backupfs.errors import INTERRUPTED, BackupfsError
 
 _SECTIONS = {
     "Take backups": [take.init, take.backup],
     "Look": [look.points, look.show, look.map_, look.diff],
-    "Mount": [mounts.mount, mounts.live, mounts.umount],
+    "Mount": [mounts.mount, mounts.live, mounts.umount, hydrate.hydrate, hydrate.dehydrate],
     "Get back": [restore.restore],
     "Keep": [edit.edit, keep.delete, keep.prune, keep.gc],
     "Check": [check.status, check.verify],

@@ -16,14 +16,21 @@ from backupfs.errors import UsageError
     "--live", multiple=True, metavar="VM/DISK=URI", help="Show this NBD export as VM/live/DISK.raw (repeatable)."
 )
 @click.option("--allow-other", is_flag=True, help="Let other users read it too.")
+@click.option("--no-passthrough", is_flag=True, help="Check the bytes of hydrated disks too, at the speed of others.")
 @click.option("-o", "options", multiple=True, metavar="OPTIONS", help="Mount options, as mount(8) gives them.")
 def mount(
-    mountpoint: str, foreground: bool, live: tuple[str, ...], allow_other: bool, options: tuple[str, ...]
+    mountpoint: str,
+    foreground: bool,
+    live: tuple[str, ...],
+    allow_other: bool,
+    no_passthrough: bool,
+    options: tuple[str, ...],
 ) -> None:
     """Show the repository as files at MOUNTPOINT; returns when it is mounted.
 
     Each disk of each point is a read-only raw file: MOUNTPOINT/VM/POINT/DISK.raw; VM/latest is the newest point.
-    A live export is EIO while it is away, and comes back when it does.
+    A live export is EIO while it is away, and comes back when it does. What `backupfs hydrate` made ready is read by
+    the kernel itself, without a look at hashes (root, Linux 6.9 or later).
     """
     from backupfs.services import mount as service  # noqa: PLC0415, pyfuse3 is not needed for the other commands
 
@@ -34,6 +41,7 @@ def mount(
         allow_other=allow_other,
         options=options,
         live=dict(_export(text) for text in live),
+        passthrough=not no_passthrough,
     )
 
 

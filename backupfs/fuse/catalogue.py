@@ -39,6 +39,9 @@ class DiskFile:
         open: returns the disk as an Image; may block. Raises BackupfsError.
         check: what is too slow to be done in `open`: called once after it, in a thread, while reads are answered
             already. When it raises BackupfsError the image is condemned: all its reads fail from then on.
+        raw: returns a descriptor of a raw file that holds exactly the disk and was verified, or None where there is
+            none. Called in a thread before the disk is first opened, and while that waits: no time to verify anything.
+            The kernel may read the disk there from then on, until it is closed; the descriptor is closed by the caller.
         time_ns: when it was as it is; None: the point's time.
         live: it may go away or hang at any time, and come back as another version; `open` returns a Lender.
     """
@@ -50,6 +53,7 @@ class DiskFile:
     xattrs: Mapping[str, bytes]
     open: Callable[[], Image]
     check: Callable[[Image], None] | None = None
+    raw: Callable[[], int | None] | None = None
     time_ns: int | None = None
     live: bool = False
 

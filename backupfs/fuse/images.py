@@ -11,12 +11,14 @@ cancels a call. Its thread is then left to itself and `abandoned` set: the repos
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import trio
 
 from backupfs.errors import BackupfsError
 from backupfs.fuse.catalogue import DiskFile, Lender
+from backupfs.fuse.passthrough import Passthrough
 from backupfs.image import Buffer, Image, seek
 
 log = logging.getLogger(__name__)
@@ -39,10 +41,12 @@ class _Shared:
     """An image and those who use it."""
 
     limiter: trio.CapacityLimiter
-    users: int = 0
+    users: int = 0  # handles, and a check that runs
+    handles: int = 0
     image: Image | None = None
     lender: Lender | None = None  # the same, if it is one
     condemned: Exception | None = None
+    backing: int | None = None  # of the raw file that the kernel reads instead, 0: none; None: not chosen yet
     opening: trio.Lock = field(default_factory=trio.Lock)
 
 
@@ -53,15 +57,21 @@ class OpenImages:
         background: runs the checks.
         describe: names an inode, for messages.
         drop_pages: makes the kernel forget what it has cached of an inode; called in a thread.
+        passthrough: has the kernel read raw files by itself.
     """
 
     def __init__(
-        self, background: trio.Nursery, describe: Callable[[int], str], drop_pages: Callable[[int], None]
+        self,
+        background: trio.Nursery,
+        describe: Callable[[int], str],
+        drop_pages: Callable[[int], None],
+        passthrough: Passthrough | None = None,
     ) -> None:
         self.abandoned = False
         self._background = background
         self._describe = describe
         self._drop_pages = drop_pages
+        self._passthrough = passthrough
         self._shared: dict[int, _Shared] = {}
         self._checked: set[int] = set()
         self._condemned: dict[int, Exception] = {}
@@ -82,12 +92,15 @@ class OpenImages:
             limiter = trio.CapacityLimiter(READS_OF_A_LIVE_IMAGE if file.live else READS_OF_AN_IMAGE)
             shared = self._shared[inode] = _Shared(limiter)
         shared.users += 1
+        shared.handles += 1
         try:
             async with shared.opening:
                 if shared.image is None:
                     image = await self._in_thread(file.open, shared.limiter if file.live else self._calls)
                     shared.image, shared.lender = image, image if isinstance(image, Lender) else None
                     self._start_check(inode, shared, file)
+                if shared.backing is None:
+                    shared.backing = await self._choose_way(file)
         except BaseException:
             await self.release(inode)
             raise
@@ -95,6 +108,15 @@ class OpenImages:
     async def release(self, inode: int) -> None:
         """Let the image go; the last one closes it."""
         shared = self._shared[inode]
+        shared.handles -= 1
+        if not shared.handles:
+            backing, shared.backing = shared.backing, None
+            if backing and self._passthrough:
+                # It may be the last hold on a large file that has no name any more.
+                await self._in_thread(partial(self._passthrough.forget, backing), self._calls)
+        await self._let_go(inode, shared)
+
+    async def _let_go(self, inode: int, shared: _Shared) -> None:
         shared.users -= 1
         if not shared.users:
             del self._shared[inode]
@@ -136,6 +158,12 @@ class OpenImages:
         _refuse_condemned(shared)  # it may have been found out in the meantime
         return content
 
+    async def _choose_way(self, file: DiskFile) -> int:
+        """Find out who reads the image, for all handles until there is none any more: see passthrough.py."""
+        if self._passthrough is None or file.raw is None:
+            return 0
+        return await self._in_thread(partial(self._passthrough.register, file.raw), self._calls)
+
     def _start_check(self, inode: int, shared: _Shared, file: DiskFile) -> None:
         if file.check is not None and inode not in self._checked:
             shared.users += 1
@@ -154,7 +182,7 @@ class OpenImages:
             # Later reads are refused; what earlier ones left in the page cache would still be served by the kernel.
             await self._in_thread(lambda: self._drop_pages(inode), self._checks)
         finally:
-            await self.release(inode)
+            await self._let_go(inode, shared)
 
     def held(self, inode: int) -> _Shared:
         """Return an image that was acquired, for who reads it without `read`: see there for what to refuse."""

@@ -1,6 +1,6 @@
 """The part of the kernel's FUSE protocol that the read lane speaks. All integers in the machine's own byte order.
 
-Source: <linux/fuse.h>, version 7.31 and later.
+Source: <linux/fuse.h>, version 7.31 and later; what passthrough needs, 7.40.
 """
 
 import struct
@@ -10,7 +10,9 @@ DEVICE = "/dev/fuse"
 
 # enum fuse_opcode
 FORGET: Final = 2
+OPEN: Final = 14
 READ: Final = 15
+INIT: Final = 26
 READDIR: Final = 28
 INTERRUPT: Final = 36
 BATCH_FORGET: Final = 42
@@ -39,6 +41,32 @@ LSEEK_ANSWER = struct.Struct("=IiQQ")
 # offset, length; length 0: all of it.
 INVALIDATE_INODE = struct.Struct("=IiQQqq")
 NOTIFY_INVAL_INODE: Final = 2
+
+# struct fuse_init_in, behind the header: major, minor, max_readahead, flags, flags2.
+INIT_REQUEST = struct.Struct("=40x12xII")
+"""flags, flags2 of an INIT."""
+# struct fuse_init_out, behind the header: major, minor, max_readahead, flags; max_background, congestion_threshold,
+# max_write, time_gran, max_pages, map_alignment; flags2, max_stack_depth.
+INIT_FLAGS_AT, INIT_FLAGS2_AT = 16 + 12, 16 + 32
+INIT_FLAGS2 = struct.Struct("=II")
+"""flags2, max_stack_depth."""
+INIT_EXT: Final = 1 << 30
+"""In flags: flags2 counts."""
+PASSTHROUGH: Final = 1 << (37 - 32)
+"""In flags2: the kernel may read files from other files by itself."""
+
+# struct fuse_open_out, behind the header: fh, open_flags, backing_id.
+OPEN_ANSWER = struct.Struct("=16xQIi")
+OPEN_FLAGS_AT = 16 + 8
+OPEN_FLAGS = struct.Struct("=Ii")
+"""open_flags, backing_id."""
+FOPEN_NOFLUSH: Final = 1 << 5
+FOPEN_PASSTHROUGH: Final = 1 << 7
+
+# ioctls of the device. struct fuse_backing_map: fd, flags, padding; the id of a backing file.
+BACKING_OPEN: Final = 0x4010E501
+BACKING_CLOSE: Final = 0x4004E502
+BACKING_MAP = struct.Struct("=iIQ")
 
 MAX_READ = 1 << 20
 """The largest READ: FUSE_MAX_MAX_PAGES, 256, if nobody raised fs.fuse.max_pages_limit."""

@@ -31,6 +31,7 @@ import trio
 
 from backupfs.fuse import kernel
 from backupfs.fuse.kernel import ANSWER, ANSWER_SIZE, LSEEK_ANSWER, REQUEST
+from backupfs.fuse.passthrough import Passthrough
 from backupfs.fuse.workers import File, Held, Job, Workers
 from backupfs.image import Buffer
 
@@ -60,16 +61,19 @@ class Lane:
 
     Args:
         device: the FUSE device, mounted. The lane closes it, in `close`, if none of its threads can be in it any more.
+        passthrough: have the kernel read raw files by itself, if it can.
 
     Attributes:
         session: the descriptor that libfuse is to take for the device; it closes it.
+        passthrough: what the kernel reads by itself.
 
     Raises:
         OSError: the system has no pair, or none that holds libfuse's largest answer.
     """
 
-    def __init__(self, device: int) -> None:
+    def __init__(self, device: int, *, passthrough: bool = True) -> None:
         self._device = device
+        self.passthrough = Passthrough(device, wanted=passthrough)
         self._pair, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self._pair, theirs):
             with contextlib.suppress(OSError):
@@ -175,6 +179,8 @@ class Lane:
                 elif opcode not in kernel.UNANSWERED:
                     if opcode in (kernel.READDIR, kernel.READDIRPLUS):
                         kernel.SIZE.pack_into(request, kernel.SIZE_AT, min(size, _LARGEST_LISTING))
+                    elif opcode in (kernel.OPEN, kernel.INIT):
+                        self.passthrough.note(opcode, unique, request)
                     self._pass_on(view[:length])
             except Exception as e:  # noqa: BLE001, nothing may end the thread
                 # Nothing above raises after it answered, or after it gave the request to another one.
@@ -288,12 +294,17 @@ class Lane:
                 length = self._pair.recv_into(buffer)
                 if not length:
                     return
+                self.passthrough.amend(buffer, self._backing_of)
                 os.write(self._device, view[:length])
                 if not number:
                     self._on_answering()
             except Exception as e:  # noqa: BLE001, nothing may end the thread
                 if not (isinstance(e, OSError) and e.errno in _GONE):
                     log.error("an answer of libfuse's was refused: %r", e)
+
+    def _backing_of(self, handle: int) -> int:
+        file = self._files.get(handle)
+        return (file and file.held.backing) or 0
 
     # The end.
 

@@ -110,7 +110,12 @@ class Operations(pyfuse3.Operations):
     ) -> None:
         super().__init__()
         self.complaints = Complaints()
-        self.images = OpenImages(background, tree.describe, lane.drop_pages if lane else drop_pages)
+        self.images = OpenImages(
+            background,
+            tree.describe,
+            lane.drop_pages if lane else drop_pages,
+            lane.passthrough if lane else None,
+        )
         self._background = background
         self._lane = lane
         self._abandoned = False

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 
 import trio
 
@@ -31,25 +32,35 @@ _OPTIONS = """
     auto noauto nofail user nouser users owner group _netdev
 """
 _WITHOUT_EFFECT = frozenset(_OPTIONS.split())
+OPTIONS = ("allow_other", "no_passthrough")
+"""What there is to choose."""
 _PREFIXES_WITHOUT_EFFECT = ("x-", "X-", "comment=")
 
 
-def check_options(options: Sequence[str]) -> bool:
-    """Check what came with `-o`; each may be a list with commas. Return whether `allow_other` is among it.
+def check_options(options: Sequence[str]) -> frozenset[str]:
+    """Check what came with `-o`; each may be a list with commas. Return those of OPTIONS that are among it.
 
     Raises:
         MountError: an option is not known.
     """
-    allow_other = False
+    found = set()
     for option in (part for text in options for part in text.split(",") if part):
-        if option == "allow_other":
-            allow_other = True
+        if option in OPTIONS:
+            found.add(option)
         elif option not in _WITHOUT_EFFECT and not option.startswith(_PREFIXES_WITHOUT_EFFECT):
-            raise MountError(f"mount option {option!r} is not known; what there is to choose is allow_other")
-    return allow_other
+            raise MountError(f"mount option {option!r} is not known; what there is to choose is {', '.join(OPTIONS)}")
+    return frozenset(found)
 
 
-def run(catalogue: Catalogue, path: str, *, source: str, allow_other: bool, on_ready: Callable[[], None]) -> bool:
+def run(
+    catalogue: Catalogue,
+    path: str,
+    *,
+    source: str,
+    allow_other: bool,
+    on_ready: Callable[[], None],
+    passthrough: bool = True,
+) -> bool:
     """Mount the catalogue at `path` and answer until the mount ends.
 
     Args:
@@ -58,6 +69,7 @@ def run(catalogue: Catalogue, path: str, *, source: str, allow_other: bool, on_r
         source: what `mount` and `df` show as the device.
         allow_other: let other users in.
         on_ready: called once, when the mount answers. When it raises OSError the mount ends.
+        passthrough: have the kernel read the files by itself for which the catalogue has a raw file, where it can.
 
     Returns:
         Whether all calls of the catalogue and of its images have returned. If not, a thread hangs in one, and nothing
@@ -68,10 +80,12 @@ def run(catalogue: Catalogue, path: str, *, source: str, allow_other: bool, on_r
     """
     path = mountpoint.resolve(path)
     mountpoint.prepare(path)
-    return trio.run(_live, catalogue, path, source, allow_other, on_ready)
+    return trio.run(partial(_live, catalogue, path, source, allow_other, on_ready, passthrough=passthrough))
 
 
-async def _live(catalogue: Catalogue, path: str, source: str, allow_other: bool, on_ready: Callable[[], None]) -> bool:
+async def _live(
+    catalogue: Catalogue, path: str, source: str, allow_other: bool, on_ready: Callable[[], None], *, passthrough: bool
+) -> bool:
     tree = Tree(catalogue, readable_by_all=allow_other)
     # The signals first: one that comes between mount(2) and here would leave a dead mount.
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
@@ -88,7 +102,9 @@ async def _live(catalogue: Catalogue, path: str, source: str, allow_other: bool,
                         log.error("%s: who started the mount is gone (%s); unmounting", path, e)
                         os.kill(os.getpid(), signal.SIGTERM)
 
-                operations, lane = _attach(lambda lane: Operations(tree, nursery, ready, lane), device)
+                operations, lane = _attach(
+                    lambda lane: Operations(tree, nursery, ready, lane), device, passthrough=passthrough
+                )
                 attached = True
                 nursery.start_soon(_end_on_signal, signals, path, mounted, nursery.cancel_scope)
                 if lane:
@@ -110,12 +126,14 @@ async def _live(catalogue: Catalogue, path: str, source: str, allow_other: bool,
     return not (operations.abandoned or (lane and lane.reading))
 
 
-def _attach(operations: Callable[[Lane | None], Operations], device: int) -> tuple[Operations, Lane | None]:
+def _attach(
+    operations: Callable[[Lane | None], Operations], device: int, *, passthrough: bool
+) -> tuple[Operations, Lane | None]:
     """Have libfuse answer behind a lane; or, when that can't be, at the device itself, which is slower."""
     if not os.environ.get(_NO_LANE):
         lane = None
         try:
-            lane = Lane(device)
+            lane = Lane(device, passthrough=passthrough)
             with_lane = operations(lane)
             attach(with_lane, lane.session)
             return with_lane, lane

@@ -25,6 +25,7 @@ class Held(Protocol):
 
     image: Image | None
     condemned: Exception | None
+    backing: int | None  # of the raw file that the kernel reads instead
 
 
 class File:

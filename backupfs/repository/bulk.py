@@ -1,4 +1,4 @@
-"""Reading many chunks of a point at once, neighbours in a layer by one pread: for restores. Mounts read chunk by chunk.
+"""Getting many chunks of a point at once, neighbours in a layer by one call: for restores. Mounts read chunk by chunk.
 
 Nothing goes through the cache: each chunk is read once. Checked as everywhere. From any thread.
 """
@@ -57,6 +57,38 @@ def _read_span(layer: Layer, found: Rows, places: list[int], unit: int, buffer: 
             chunk = read_chunk(layer, offset, packed, xxh3, unit)  # says what is wrong
         part = buffer[place * unit : (place + 1) * unit]
         part[:] = chunk[: len(part)]
+
+
+def clone_chunks(image: PointImage, target: int) -> int:
+    """Have a file share the blocks of chunks that are stored as they are, each at its place on the disk.
+
+    Nothing is compared with hashes here. Where the file system can't do it, the rest is left out.
+
+    Args:
+        target: a descriptor of a file on the same file system.
+
+    Returns:
+        The bytes that are shared now.
+    """
+    unit, shared = image.chunk_size, 0
+    chunks = image.size // unit  # a last piece of a chunk would make the file longer
+    whole = unit | codec.NONE << CODEC_SHIFT
+    for region in image.map.occupied(0, -(-chunks // REGION_CHUNKS)):
+        first = region * REGION_CHUNKS
+        positions = image.map.positions(region)[: chunks - first]
+        places = np.flatnonzero(positions["packed"] == whole)
+        offsets, seqs = positions["offset"][places].astype(np.int64), positions["seq"][places]
+        apart = (np.diff(places) != 1) | (seqs[1:] != seqs[:-1]) | (np.diff(offsets) != unit)
+        borders = [0, *(np.flatnonzero(apart) + 1).tolist(), len(places)]
+        for a, b in pairwise(borders):
+            if a < b:
+                length, place = (b - a) * unit, (first + int(places[a])) * unit
+                try:
+                    image.layer(int(seqs[a])).clone(int(offsets[a]), length, target, place)
+                except OSError:
+                    return shared
+                shared += length
+    return shared
 
 
 def decoded(payload: memoryview, codec_id: int, chunk_size: int) -> bytes | memoryview | None:

@@ -128,8 +128,13 @@ def index_folder(root: str, repository_id: str) -> str:
     inside = os.path.join(root, "index")
     if os.access(inside if os.path.isdir(inside) else root, os.W_OK) and _filesystem(root) not in _NETWORK:
         return inside
+    return os.path.join(cache_folder(), repository_id)
+
+
+def cache_folder() -> str:
+    """Return where a user's copies of what repositories hold are kept, of all repositories."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(cache, "backupfs", repository_id)
+    return os.path.join(cache, "backupfs")
 
 
 def _filesystem(path: str) -> str:

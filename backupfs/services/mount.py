@@ -8,6 +8,8 @@ import ctypes
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 from backupfs.errors import BackupfsError, MountError, NotFound
@@ -18,7 +20,7 @@ from backupfs.image import Image
 from backupfs.repository.manifest import DiskEntry
 from backupfs.repository.point import PointImage
 from backupfs.repository.repository import Repository
-from backupfs.services import background
+from backupfs.services import background, hydrated
 from backupfs.services.live import Exports, LiveCatalogue, LiveDisks, check_exports
 from backupfs.units import MiB, parse_time
 
@@ -78,6 +80,7 @@ class RepositoryCatalogue:
             xattrs={f"user.backupfs.{name}": value.encode() for name, value in facts.items()},
             open=open_image,
             check=_check_map,
+            raw=partial(hydrated.open_verified, self._repository.settings.id, disk),
         )
 
 
@@ -106,6 +109,7 @@ def mount(
     allow_other: bool,
     options: Sequence[str],
     live: Exports = MappingProxyType({}),
+    passthrough: bool = True,
 ) -> None:
     """Show a repository at a folder.
 
@@ -117,6 +121,7 @@ def mount(
         allow_other: let other users read it too.
         options: as mount(8) gives them with `-o`; checked, and dropped if they say what is so anyway.
         live: NBD exports to show beside the points. They need not be there.
+        passthrough: have the kernel read hydrated disks by itself, if it can.
 
     Raises:
         UsageError: `live` has a name or a URI that is none.
@@ -124,12 +129,13 @@ def mount(
         MountError: it can't be mounted, or the mount has crashed.
     """
     repository, mountpoint = os.path.abspath(repository), os.path.abspath(mountpoint)
-    allow_other = session.check_options(options) or allow_other
+    chosen = session.check_options(options)
+    how = _How(allow_other or "allow_other" in chosen, passthrough and "no_passthrough" not in chosen, live)
     check_exports(live)
     if foreground:
-        _run(repository, mountpoint, allow_other, live)
+        _run(repository, mountpoint, how)
     else:
-        _start(repository, mountpoint, allow_other, live)
+        _start(repository, mountpoint, how)
 
 
 def show_exports(exports: Exports, mountpoint: str, *, allow_other: bool, on_ready: Callable[[], None]) -> None:
@@ -158,9 +164,17 @@ def unmount(mountpoint: str) -> None:
     places.take_away(mountpoint)
 
 
-def _start(repository: str, path: str, allow_other: bool, live: Exports) -> None:
-    arguments = ["-r", repository, "mount", "--foreground", *(["--allow-other"] if allow_other else [])]
-    arguments += [f"--live={vm}/{disk}={uri}" for (vm, disk), uri in live.items()]
+@dataclass(frozen=True, slots=True)
+class _How:
+    allow_other: bool
+    passthrough: bool
+    live: Exports
+
+
+def _start(repository: str, path: str, how: _How) -> None:
+    arguments = ["-r", repository, "mount", "--foreground", *(["--allow-other"] if how.allow_other else [])]
+    arguments += [] if how.passthrough else ["--no-passthrough"]
+    arguments += [f"--live={vm}/{disk}={uri}" for (vm, disk), uri in how.live.items()]
     arguments.append(path)
     try:
         background.start(arguments)
@@ -172,7 +186,7 @@ def _start(repository: str, path: str, allow_other: bool, live: Exports) -> None
         raise MountError(f"{path}: {e}") from e
 
 
-def _run(repository: str, path: str, allow_other: bool, live: Exports) -> None:
+def _run(repository: str, path: str, how: _How) -> None:
     parent = background.waiting_parent()
     if parent:
         background.log_to_file(path)
@@ -180,7 +194,7 @@ def _run(repository: str, path: str, allow_other: bool, live: Exports) -> None:
     else:
         logging.basicConfig(format="backupfs: %(levelname)s: %(message)s", level=logging.INFO)
     try:
-        _answer(repository, path, allow_other, live, parent.ready if parent else lambda: None)
+        _answer(repository, path, how, parent.ready if parent else lambda: None)
     except BackupfsError as e:
         if parent:
             log.error("%s", e)
@@ -188,7 +202,7 @@ def _run(repository: str, path: str, allow_other: bool, live: Exports) -> None:
         raise
 
 
-def _answer(repository: str, path: str, allow_other: bool, live: Exports, on_ready: Callable[[], None]) -> None:
+def _answer(repository: str, path: str, how: _How, on_ready: Callable[[], None]) -> None:
     _bound_the_heap()
     opened = Repository.open(repository, chunk_cache=_chunk_cache())
 
@@ -197,12 +211,19 @@ def _answer(repository: str, path: str, allow_other: bool, live: Exports, on_rea
         on_ready()
 
     source = f"backupfs:{repository}"
-    disks = LiveDisks(live)
+    disks = LiveDisks(how.live)
     disks.begin()
     catalogue = RepositoryCatalogue(opened, disks)
     try:
         # When this raises, the process is about to end, and a thread may still be in the repository: it stays open.
-        all_returned = session.run(catalogue, path, source=source, allow_other=allow_other, on_ready=ready)
+        all_returned = session.run(
+            catalogue,
+            path,
+            source=source,
+            allow_other=how.allow_other,
+            on_ready=ready,
+            passthrough=how.passthrough,
+        )
     finally:
         disks.close()
     log.info("%s: unmounted", path)

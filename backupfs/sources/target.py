@@ -161,6 +161,10 @@ class FileTarget:
             self.write(offset, memoryview(_ZEROES)[:part])
             offset += part
 
+    def fileno(self) -> int:
+        """Return the descriptor, which stays this target's."""
+        return self._fd
+
     def flush(self) -> None:
         """See `Target.flush`."""
         try:

@@ -118,7 +118,7 @@ class FakeCatalogue:
 def main() -> None:
     control, path, *options = sys.argv[1:]
     logging.basicConfig(level=logging.INFO)
-    allow_other = session.check_options(options)
+    allow_other = "allow_other" in session.check_options(options)
     session.run(
         FakeCatalogue(control), path, source="fake:ä, b\\c", allow_other=allow_other,
         on_ready=lambda: print("ready", flush=True),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from fake_mount import content
-from mounts import LANES, FakeMount, choose_lane, fails_with, needs_fuse, pread
+from mounts import AS_NOBODY, LANES, FakeMount, choose_lane, fails_with, let_in, needs_fuse, pread
 
 from backupfs.errors import MountError
 from backupfs.fuse import mountpoint, session
@@ -118,27 +118,21 @@ def test_a_link_to_the_mount_point_will_do(mounted: FakeMount, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("options", "allow_other"),
-    [([], False), (["ro,nosuid,x-systemd.automount", "noauto"], False), (["rw,allow_other"], True)],
+    ("options", "found"),
+    [
+        ([], set()),
+        (["ro,nosuid,x-systemd.automount", "noauto"], set()),
+        (["rw,allow_other"], {"allow_other"}),
+        (["no_passthrough,ro", "allow_other"], {"allow_other", "no_passthrough"}),
+    ],
 )
-def test_mount_options(options: list[str], allow_other: bool) -> None:
-    assert session.check_options(options) is allow_other
+def test_mount_options(options: list[str], found: set[str]) -> None:
+    assert session.check_options(options) == found
 
 
 def test_an_unknown_mount_option_is_named() -> None:
     with pytest.raises(MountError, match="'direct_oi' is not known"):
         session.check_options(["ro,direct_oi"])
-
-
-AS_NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-
-
-def let_in(folder: Path) -> None:
-    """Let other users walk to a folder that pytest made for its own user."""
-    for above in (folder, *folder.parents):
-        if above.stat().st_uid == os.geteuid() and above.name.startswith("pytest"):
-            above.chmod(0o755)
-    folder.chmod(0o755)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
