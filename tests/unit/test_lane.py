@@ -92,11 +92,13 @@ class Device:
 
     def close(self) -> None:
         trio.from_thread.run(self.lane.finish, trio_token=self._token)
-        self.kernel.close()
+        self.ask(kernel.FORGET, 0)  # wakes the reader, as the end of a mount does
         self.pyfuse3.close()
         trio.from_thread.run_sync(self._over.set, trio_token=self._token)
         self._thread.join(10)
         assert not self._thread.is_alive()
+        self.kernel.close()
+        wait_until(lambda: not any(thread.name.startswith("lane-") for thread in threading.enumerate()))
 
 
 @pytest.fixture
