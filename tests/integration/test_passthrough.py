@@ -79,10 +79,11 @@ class Place:
     def reads_alone(self, fd: int, offset: int, within_s: float) -> bytes | None:
         """Return 4 KiB of an open file that the kernel reads while the mount's process is stopped, None if it can't."""
         found: list[bytes] = []
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # what the kernel keeps of a mount's file
         pid = self.process()
         os.kill(pid, signal.SIGSTOP)
         try:
+            wait_until(lambda: all(is_stopped(task) for task in Path(f"/proc/{pid}/task").iterdir()))
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # what the kernel keeps of a mount's file
             thread = threading.Thread(target=lambda: found.append(os.pread(fd, 4 * KiB, offset)))
             thread.start()
             thread.join(within_s)
@@ -104,6 +105,11 @@ class Place:
     def expect_passthrough(self, point: str) -> None:
         # The kernel tells of a file's end when it was closed, not before: so maybe not the next time that it is opened.
         wait_until(lambda: self.is_passed_through(point), 20)
+
+
+def is_stopped(task: Path) -> bool:
+    """Whether a thread stands still. Source: proc(5), /proc/PID/stat: the state is behind the name in brackets."""
+    return (task / "stat").read_text().rpartition(") ")[2].startswith("T")
 
 
 @contextlib.contextmanager
@@ -247,7 +253,9 @@ def test_switched_off(place: Place, how: dict[str, Any]) -> None:
     place.hydrate(place.first)
     place.mount(**how)
     assert not place.is_passed_through(place.first)
+    pid = place.process()
     service.unmount(str(place.path))
+    os.waitpid(pid, 0)
     word = ["--no-passthrough"] if "passthrough" in how else ["-o", "no_passthrough"]
     backupfs(place.repository, "mount", place.path, *word)
     assert not place.is_passed_through(place.first)
@@ -275,7 +283,9 @@ def test_the_end_of_a_mount_under_open_files(place: Place) -> None:
             place.mount()
             assert place.is_passed_through(place.first)
             assert read_all(fd) == data
+            pid = place.process()
         service.unmount(str(place.path))
+        os.waitpid(pid, 0)  # before the next one is looked for
 
 
 def test_where_the_kernel_cannot_do_it(place: Place, tmp_path: Path) -> None:
@@ -346,6 +356,10 @@ def test_many_read_while_points_are_hydrated_and_not(place: Place) -> None:
     assert "WARNING" not in place.log()
     assert "ERROR" not in place.log()
     # No raw file stays registered that nobody has open.
-    held = [os.readlink(f"/proc/{place.process()}/fd/{fd}") for fd in os.listdir(f"/proc/{place.process()}/fd")]
-    assert not [path for path in held if hydrated.folder("") in path]
+    held = []
+    for fd in Path(f"/proc/{place.process()}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            held.append(os.readlink(fd))
+    assert held
+    assert not [path for path in held if path.startswith(hydrated.folder(""))]
     service.unmount(str(place.path))
