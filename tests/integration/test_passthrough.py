@@ -253,7 +253,9 @@ def test_switched_off(place: Place, how: dict[str, Any]) -> None:
     place.hydrate(place.first)
     place.mount(**how)
     assert not place.is_passed_through(place.first)
+    pid = place.process()
     service.unmount(str(place.path))
+    os.waitpid(pid, 0)
     word = ["--no-passthrough"] if "passthrough" in how else ["-o", "no_passthrough"]
     backupfs(place.repository, "mount", place.path, *word)
     assert not place.is_passed_through(place.first)
@@ -281,7 +283,9 @@ def test_the_end_of_a_mount_under_open_files(place: Place) -> None:
             place.mount()
             assert place.is_passed_through(place.first)
             assert read_all(fd) == data
+            pid = place.process()
         service.unmount(str(place.path))
+        os.waitpid(pid, 0)  # before the next one is looked for
 
 
 def test_where_the_kernel_cannot_do_it(place: Place, tmp_path: Path) -> None:
