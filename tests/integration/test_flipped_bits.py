@@ -4,6 +4,7 @@ The index is missing each time: what is read was built from the damaged files. W
 places, see test_damage.py.
 """
 
+import logging
 import os
 import random
 import shutil
@@ -60,7 +61,10 @@ def places(path: Path, what: str) -> Iterator[tuple[Path, int, int]]:
 
 @pytest.mark.timeout(0 if LONG else 300)
 @pytest.mark.parametrize("what", STEPS)
-def test_flipped_bits(built: tuple[Path, dict[str, bytes]], what: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_flipped_bits(built: tuple[Path, dict[str, bytes]], what: str, request: pytest.FixtureRequest) -> None:
+    # pytest keeps each record, that its exception, and that the files that were open: thousands of them.
+    logging.disable()
+    request.addfinalizer(lambda: logging.disable(logging.NOTSET))
     path, points = built
     refused = looked = 0
     for file, first, end in places(path, what):
@@ -78,7 +82,6 @@ def test_flipped_bits(built: tuple[Path, dict[str, bytes]], what: str, caplog: p
             finally:
                 bad[bit // 8] = good[bit // 8]
                 shutil.rmtree(path / "index", ignore_errors=True)
-                caplog.clear()  # each record keeps its exception, and that the files that were open
         file.write_bytes(good)
     print(f"{looked} bits, {refused} refused")
     assert refused == looked or what == "payloads"
