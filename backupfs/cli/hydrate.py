@@ -40,6 +40,7 @@ def hydrate(point: str | None, disks: tuple[str, ...], limit: str | None, wants_
     time that they are opened on. They are verified whole before; after that nobody looks at hashes, but a file whose
     size, times or inode are others than then is not used. The folder is ~/.cache/backupfs/hydrated, or
     $XDG_CACHE_HOME/backupfs/hydrated; on the repository's own XFS or Btrfs, with codec none, they share its blocks.
+    A full backup with codec none is such a file already: it is verified where it lies, and takes no space.
     """
     from backupfs.services import hydrate as service  # noqa: PLC0415, not needed for the other commands
 
@@ -60,6 +61,9 @@ def hydrate(point: str | None, disks: tuple[str, ...], limit: str | None, wants_
         _print_list(found)
     else:
         for disk in found:
+            if disk.in_place:
+                click.echo(f"{_name(disk)}: verified where it lies, {disk.path}")
+                continue
             how = f"in {disk.seconds:.1f} s" if disk.shared is not None else "was there"
             shared = f", {format_size(disk.shared)} of it shared with layers" if disk.shared else ""
             click.echo(f"{_name(disk)}: {format_size(disk.allocated)} in {disk.path}{shared}, {how}")
@@ -93,7 +97,8 @@ def dehydrate(points: tuple[str, ...], everything: bool, as_json: bool) -> None:
         print_json([dataclasses.asdict(disk) for disk in gone])
         return
     for disk in gone:
-        click.echo(f"{_name(disk)}: {format_size(disk.allocated)} taken away")
+        what = "not used any more" if disk.in_place else f"{format_size(disk.allocated)} taken away"
+        click.echo(f"{_name(disk)}: {what}")
 
 
 def _name(disk: "HydratedDisk") -> str:

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 @repository_option
 @click.option("--chunk-size", default=str(DEFAULT_CHUNK // 1024) + "KiB", show_default=True, help="A power of two.")
 @click.option(
-    "--codec", "codec_name", type=click.Choice(sorted(codec.NAMES, reverse=True)), default="zstd", show_default=True
+    "--codec",
+    "codec_name",
+    type=click.Choice(sorted(codec.NAMES, reverse=True)),
+    default="zstd",
+    show_default=True,
+    help="With none a full backup is kept as a raw image.",
 )
 def init(chunk_size: str, codec_name: str) -> None:
     """Make an empty repository in a new or empty folder."""
@@ -76,6 +81,12 @@ def init(chunk_size: str, codec_name: str) -> None:
 )
 @click.option("--full", is_flag=True, help="Start a new chain.")
 @click.option("--chain", default="main", show_default=True, metavar="NAME", help="One of several independent chains.")
+@click.option(
+    "--codec",
+    "codec_name",
+    type=click.Choice(sorted(codec.NAMES, reverse=True)),
+    help="How this point is stored; without it, as the repository was made. A full backup with none is a raw image.",
+)
 @click.option("--time", "time", metavar="TIME", help="The point's time, UTC; without it, now.")
 @click.option("--dry-run", is_flag=True, help="Say how each disk would be read; touch nothing.")
 @click.option("--no-wait", is_flag=True, help="Fail when another process writes to the repository; else wait for it.")
@@ -95,6 +106,7 @@ def backup(
     audit: int,
     full: bool,
     chain: str,
+    codec_name: str | None,
     time: str | None,
     dry_run: bool,
     no_wait: bool,
@@ -128,6 +140,7 @@ def backup(
         audit=audit,
         full=full,
         chain=names.check_chain(chain),
+        codec=codec_name,
     )
     if dry_run:
         with open_repository() as repository:

@@ -48,7 +48,7 @@ def _read_span(layer: Layer, found: Rows, places: list[int], unit: int, buffer: 
     """Read the chunks of one piece of a layer file into their places, counted in chunks, in the buffer."""
     begin = int(found["offset"][0])
     last = int((found["offset"] + (found["packed"] & LENGTH_MASK)).max())
-    data = memoryview(layer.pread(begin, last - begin))
+    data = memoryview(layer.data.pread(begin, last - begin))
     columns = zip(found["offset"].tolist(), found["packed"].tolist(), found["xxh3"].tolist(), places, strict=True)
     for offset, packed, xxh3, place in columns:
         payload = data[offset - begin :][: packed & LENGTH_MASK]
@@ -84,7 +84,7 @@ def clone_chunks(image: PointImage, target: int) -> int:
             if a < b:
                 length, place = (b - a) * unit, (first + int(places[a])) * unit
                 try:
-                    image.layer(int(seqs[a])).clone(int(offsets[a]), length, target, place)
+                    image.layer(int(seqs[a])).data.clone(int(offsets[a]), length, target, place)
                 except OSError:
                     return shared
                 shared += length

@@ -65,7 +65,7 @@ def disks(root: str, vm: str) -> list[str]:
 
 
 def chain_files(folder: str) -> list[tuple[int, str]]:
-    """Return the seq and the suffix, `.layer` or `.gone`, of a chain's files; other names are passed over."""
+    """Return the seq and the suffix of a chain's files (`names.LAYER` and the like); other names are passed over."""
     found = ((names.layer_seq(name), os.path.splitext(name)[1]) for name in _listdir(folder))
     return [(seq, suffix) for seq, suffix in found if seq is not None]
 

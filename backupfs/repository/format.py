@@ -15,6 +15,7 @@ from backupfs.errors import Corrupt, UnsupportedFormat
 from backupfs.units import KiB, MiB
 
 VERSION = 1
+PLAIN_VERSION = 2  # of a plain layer's header
 
 LAYER_MODE = 0o400  # of a file that is complete: nobody writes to it any more
 HEADER_SIZE = 4 * KiB
@@ -117,7 +118,11 @@ def checks(rows: Rows, seed: int | Words) -> Words:
 
 @dataclass(frozen=True, slots=True)
 class LayerHeader:
-    """What a layer says of itself in its first 4 KiB."""
+    """What a layer says of itself in its first 4 KiB.
+
+    Attributes:
+        plain: a base whose payloads are not in the layer's file, but make up a raw image of the disk beside it.
+    """
 
     repository_id: bytes
     layer_id: LayerId
@@ -129,6 +134,7 @@ class LayerHeader:
     vm: str
     disk: str
     chain: str
+    plain: bool = False
 
     @property
     def is_base(self) -> bool:
@@ -139,7 +145,7 @@ class LayerHeader:
         """Return the header's 4,096 bytes."""
         fixed = _HEADER.pack(
             HEADER_MAGIC,
-            VERSION,
+            PLAIN_VERSION if self.plain else VERSION,
             self.chunk_size,
             self.virtual_size,
             self.seq,
@@ -177,8 +183,12 @@ def decode_header(data: bytes, path: str) -> LayerHeader:
     _, version, chunk_size, virtual_size, seq, parent_seq, repository_id, layer_id, parent_id = _HEADER.unpack_from(
         data
     )
-    if version != VERSION:
-        raise UnsupportedFormat(f"{path}: layer of format version {version}; this backupfs knows version {VERSION}")
+    if version not in (VERSION, PLAIN_VERSION):
+        known = f"versions {VERSION} and {PLAIN_VERSION}"
+        raise UnsupportedFormat(f"{path}: layer of format version {version}; this backupfs knows {known}")
+    plain = version == PLAIN_VERSION
+    if plain and parent_id != NO_LAYER:
+        raise Corrupt(path, 0, "a plain layer with a parent can't be")
     names, position = [], _HEADER.size
     try:
         for _ in range(3):
@@ -188,8 +198,19 @@ def decode_header(data: bytes, path: str) -> LayerHeader:
             position += length
     except (struct.error, UnicodeDecodeError) as e:
         raise Corrupt(path, position, f"the header's names can't be: {e}") from e
+    vm, disk, chain = names
     return LayerHeader(
-        repository_id, LayerId(layer_id), LayerId(parent_id), parent_seq, seq, chunk_size, virtual_size, *names
+        repository_id=repository_id,
+        layer_id=LayerId(layer_id),
+        parent_id=LayerId(parent_id),
+        parent_seq=parent_seq,
+        seq=seq,
+        chunk_size=chunk_size,
+        virtual_size=virtual_size,
+        vm=vm,
+        disk=disk,
+        chain=chain,
+        plain=plain,
     )
 
 

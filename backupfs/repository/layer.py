@@ -6,9 +6,7 @@ leaves a temporary file that the next writer removes: a layer gets its name only
 
 import contextlib
 import ctypes
-import fcntl
 import os
-import struct
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +15,9 @@ import blake3
 import numpy as np
 import xxhash
 
-from backupfs.errors import Corrupt, NotFound, RepositoryError
-from backupfs.repository import codec
+from backupfs.errors import Corrupt, RepositoryError
+from backupfs.repository import codec, names
+from backupfs.repository.datafile import DataFile
 from backupfs.repository.format import (
     ALIGNMENT,
     FENCE_ROWS,
@@ -41,8 +40,6 @@ from backupfs.units import MiB
 _libc = ctypes.CDLL(None)
 _SYNC_FILE_RANGE_WRITE = 2
 _WRITEBACK = 8 * MiB
-_FICLONERANGE = 0x4020940D  # Source: linux/fs.h
-_CLONE_RANGE = struct.Struct("=qQQQ")  # struct file_clone_range: source, its offset, length, the target's offset
 _GROUPS = 64  # of rows, read at a time: 900 KiB
 _IOV_MAX = 512  # buffers per pwritev; Linux takes 1,024
 _COPY_ROWS = 16 * 1024  # rows per write of the table
@@ -61,8 +58,9 @@ class LayerFacts:
 class Layer:
     """A published layer, opened for reading.
 
-    The descriptor is closed when the last reference goes, so a thread that still reads never meets another file
-    under the same number.
+    Attributes:
+        path, length: of the layer's file, with header and table.
+        data: the file with the payloads: the same, or in a plain layer the raw image beside it.
 
     Raises:
         NotFound: there is no such file.
@@ -71,72 +69,29 @@ class Layer:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._fd = -1
-        try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self.length = os.fstat(self._fd).st_size
-        except FileNotFoundError as e:
-            raise NotFound(f"{path}: the layer file is missing") from e
-        except OSError as e:
-            raise RepositoryError(f"{path}: {e.strerror}") from e
+        self._file = DataFile(path, "the layer file")
+        self.length = self._file.length
         encoded = self.pread(0, HEADER_SIZE)
         self.header: LayerHeader = decode_header(encoded, path)
         self._seed = header_seed(encoded)
+        self.data = self._file
+        if self.header.plain:
+            self.data = DataFile(raw_path(path), "the layer's raw image", filled_up=True)
+            if self.data.length != self.header.virtual_size:
+                what = f"the file should be {self.header.virtual_size} bytes long"
+                raise Corrupt(self.data.path, self.data.length, what)
         self._lock = threading.Lock()
         self._trailer: LayerTrailer | None = None
         self._fences: Words = np.empty(0, np.uint64)
 
-    def __del__(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
+    @property
+    def data_range(self) -> tuple[int, int]:
+        """Where in `data` payloads may be: the first byte, and the one behind the last."""
+        return (0, self.data.length) if self.header.plain else (HEADER_SIZE, self.trailer().table_offset)
 
     def pread(self, offset: int, length: int) -> bytes:
-        """Return `length` bytes of the file from `offset` on.
-
-        Raises:
-            Corrupt: the file ends before, or the disk below can't read it.
-        """
-        try:
-            data = os.pread(self._fd, length, offset)
-            while len(data) < length:
-                more = os.pread(self._fd, length - len(data), offset + len(data))
-                if not more:
-                    raise Corrupt(self.path, offset + len(data), "the file ends here, too early")
-                data += more
-        except (OSError, OverflowError) as e:
-            raise Corrupt(self.path, offset, f"can't be read: {e}") from e
-        return data
-
-    def pread_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the file's bytes from `offset` on. Raises as `pread`."""
-        try:
-            done = os.preadv(self._fd, [buffer], offset)
-        except (OSError, OverflowError) as e:
-            raise Corrupt(self.path, offset, f"can't be read: {e}") from e
-        if done < len(buffer):
-            buffer[done:] = self.pread(offset + done, len(buffer) - done)
-
-    def pread_at_once(self, offset: int, length: int) -> bytearray | None:
-        """Return the same if the kernel has all of it in memory. Source: preadv2(2), RWF_NOWAIT."""
-        buffer = bytearray(length)
-        try:
-            got = os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT)
-        except OSError:  # EAGAIN; EOPNOTSUPP of file systems that can't tell
-            return None
-        return buffer if got == length else None
-
-    def read_nothing_ahead(self) -> None:
-        """Let the kernel read what is asked for and no more. Source: posix_fadvise(2)."""
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
-
-    def clone(self, offset: int, length: int, target: int, target_offset: int) -> None:
-        """Have another file share the blocks of a range; all of it in multiples of the file system's block size.
-
-        Raises:
-            OSError: the file system can't, or they are on two. Source: ioctl_ficlonerange(2).
-        """
-        fcntl.ioctl(target, _FICLONERANGE, _CLONE_RANGE.pack(self._fd, offset, length, target_offset))
+        """Return `length` bytes of the layer's file, as `DataFile.pread`."""
+        return self._file.pread(offset, length)
 
     def trailer(self) -> LayerTrailer:
         """Return the checked trailer; the fences are loaded with it."""
@@ -190,6 +145,8 @@ class Layer:
         numbers = rows["chunk_no"]
         if np.any(numbers[::FENCE_ROWS] != self._fences[group : group + groups]) or np.any(numbers[1:] <= numbers[:-1]):
             raise Corrupt(self.path, offset, "the table's rows are out of order")
+        if self.header.plain and not _is_plain(rows, self.header):
+            raise Corrupt(self.path, offset, "the table of a plain layer has rows of chunks that lie elsewhere")
         return rows
 
     def next_chunk(self, first: int) -> int | None:
@@ -199,8 +156,20 @@ class Layer:
         return None
 
 
+def raw_path(path: str) -> str:
+    """Return the path of a plain layer's raw image."""
+    return os.path.splitext(path)[0] + names.RAW
+
+
+def _is_plain(rows: Rows, header: LayerHeader) -> bool:
+    """Whether all chunks are stored as they are, each at its place on the disk."""
+    offsets: Words = rows["chunk_no"] * np.uint64(header.chunk_size)
+    place = (rows["offset"] == offsets) & (offsets < header.virtual_size)
+    return bool(np.all(place & (rows["codec"] == codec.NONE) & (rows["length"] == header.chunk_size)))
+
+
 class LayerWriter:
-    """Writes a layer to a temporary file.
+    """Writes a layer to a temporary file; the raw image of a plain one to another beside it.
 
     `append` may be called from several threads at once, with ranges of chunks that do not overlap. The rows wait in a
     second temporary file, so memory does not grow with the disk.
@@ -209,20 +178,24 @@ class LayerWriter:
     def __init__(self, path: str, header: LayerHeader) -> None:
         self.path = path
         self.header = header
+        self.raw_path = raw_path(path) if header.plain else None
         self._encoded = header.encode()
         self._seed = header_seed(self._encoded)
         self._lock = threading.Lock()
-        self._end = self._begun = HEADER_SIZE  # where the next payload goes; up to where writing was begun
+        self._end = HEADER_SIZE  # where the next payload goes, or the table
+        self._waiting = 0  # bytes that the kernel was not yet asked to write
         self._stored = 0
         self._data_chunks = 0
         self._batches: list[tuple[int, int, int]] = []  # first chunk, first row in the spool, rows
         self._spooled = 0
-        self._fd = self._spool = -1
+        self._fd = self._spool = self._raw = -1
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            self._spool = os.open(path + ".rows", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._fd, self._spool = _create(path), _create(path + ".rows")
+            if self.raw_path:
+                self._raw = _create(self.raw_path)
+                os.ftruncate(self._raw, header.virtual_size)
             os.unlink(path + ".rows")
-            self._pwrite([self._encoded], 0)
+            _pwrite_all(self._fd, [self._encoded], 0)
         except BaseException as e:
             self.close()
             if isinstance(e, OSError):
@@ -239,28 +212,41 @@ class LayerWriter:
         """
         length = sum(len(p) for p in payloads)
         data = rows["codec"] != codec.ZERO
+        plain = self.header.plain
         with self._lock:
             start = self._end
-            self._end = round_up(start + length, ALIGNMENT)
+            if not plain:
+                self._end = round_up(start + length, ALIGNMENT)
             spooled = self._spooled
             self._spooled += len(rows)
             self._stored += length
             self._data_chunks += int(np.count_nonzero(data))
             self._batches.append((int(rows["chunk_no"][0]), spooled, len(rows)))
-            begun, due = self._begun, self._end - self._begun >= _WRITEBACK
+            self._waiting += length
+            due = self._waiting >= _WRITEBACK
             if due:
-                self._begun = self._end
-        rows["offset"][data] += np.uint64(start)
+                self._waiting = 0
         try:
-            for i in range(0, len(payloads), _IOV_MAX):
-                part = payloads[i : i + _IOV_MAX]
-                self._pwrite(part, start)
-                start += sum(len(p) for p in part)
-            _pwrite_all(self._spool, [memoryview(rows.tobytes())], spooled * ROW.itemsize)
+            if plain:
+                rows["offset"] = rows["chunk_no"] * np.uint64(self.header.chunk_size)
+                self._write_plain(rows["offset"].tolist(), payloads)
+            else:
+                rows["offset"][data] += np.uint64(start)
+                _pwrite_all(self._fd, payloads, start)
+            _pwrite_all(self._spool, [rows.tobytes()], spooled * ROW.itemsize)
             if due:
-                _start_writeback(self._fd, begun, self._end - begun)
+                _start_writeback(self._raw if plain else self._fd)
         except OSError as e:
             raise _write_error(self.path, e) from e
+
+    def _write_plain(self, offsets: Sequence[int], payloads: Sequence[bytes | memoryview]) -> None:
+        """Write chunks, each to its place on the disk: neighbours at once, the last one up to the disk's end."""
+        size, first = self.header.chunk_size, 0
+        for i in range(1, len(offsets) + 1):
+            if i == len(offsets) or offsets[i] != offsets[i - 1] + size:
+                run = [*payloads[first : i - 1], payloads[i - 1][: self.header.virtual_size - offsets[i - 1]]]
+                _pwrite_all(self._raw, run, offsets[first])
+                first = i
 
     def finish(self) -> LayerFacts:
         """Write the table and the trailer, and put all of it on the disk. Once, after every append has returned.
@@ -286,7 +272,7 @@ class LayerWriter:
             rows["check"] = checks(rows, self._seed)
             fences.append(rows["chunk_no"][-written % FENCE_ROWS :: FENCE_ROWS])
             encoded = rows.tobytes()
-            self._pwrite([encoded], position)
+            _pwrite_all(self._fd, [encoded], position)
             digest.update(encoded)
             position += len(encoded)
             written += len(rows)
@@ -295,11 +281,13 @@ class LayerWriter:
             table_offset, written, self._data_chunks, xxhash.xxh3_64_intdigest(fence_bytes), self.header.layer_id
         )
         tail = fence_bytes + trailer.encode()
-        self._pwrite([tail], position)
+        _pwrite_all(self._fd, [tail], position)
         digest.update(tail)
         os.ftruncate(self._fd, trailer.length)
-        os.fchmod(self._fd, LAYER_MODE)
-        os.fsync(self._fd)
+        for fd in (self._raw, self._fd):
+            if fd >= 0:
+                os.fchmod(fd, LAYER_MODE)
+                os.fsync(fd)
         self.close()
         return LayerFacts(trailer.length, digest.hexdigest(), self._data_chunks, self._stored)
 
@@ -317,35 +305,44 @@ class LayerWriter:
         if held:
             yield np.concatenate(held)
 
-    def _pwrite(self, buffers: Sequence[bytes | memoryview], offset: int) -> None:
-        _pwrite_all(self._fd, buffers, offset)
-
     def close(self) -> None:
         """Close the files; the temporary layer stays for whoever publishes or removes it."""
-        for fd in (self._fd, self._spool):
+        for fd in (self._fd, self._spool, self._raw):
             if fd >= 0:
                 os.close(fd)
-        self._fd = self._spool = -1
+        self._fd = self._spool = self._raw = -1
+
+    def remove(self) -> None:
+        """Close and remove the temporary files, those that are there."""
+        self.close()
+        for path in filter(None, (self.path, self.raw_path)):
+            with contextlib.suppress(OSError):  # published; or the next writer removes it
+                os.unlink(path)
+
+
+def _create(path: str) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
 
 def _pwrite_all(fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> None:
     """Write every byte; a short write goes on where it ended."""
-    views = [memoryview(b) for b in buffers]
-    while views:
-        done = os.pwritev(fd, views, offset)
-        offset += done
-        while views and done >= len(views[0]):
-            done -= len(views.pop(0))
-        if views and done:
-            views[0] = views[0][done:]
+    for first in range(0, len(buffers), _IOV_MAX):
+        views = [memoryview(b) for b in buffers[first : first + _IOV_MAX]]
+        while views:
+            done = os.pwritev(fd, views, offset)
+            offset += done
+            while views and done >= len(views[0]):
+                done -= len(views.pop(0))
+            if views and done:
+                views[0] = views[0][done:]
 
 
-def _start_writeback(fd: int, offset: int, length: int) -> None:
-    """Ask the kernel to begin to write this range now, so that the fsync at the end has little left to wait for.
+def _start_writeback(fd: int) -> None:
+    """Ask the kernel to begin to write what it has of the file, so that the fsync at the end has little to wait for.
 
     A hint: whether it helped is fsync's to say. Source: sync_file_range(2).
     """
-    _libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
+    _libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
 
 
 def _write_error(path: str, error: OSError) -> RepositoryError:

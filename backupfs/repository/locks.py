@@ -4,6 +4,7 @@
 |---|---|---|
 | `lock` | – | who changes what the repository holds: backup, delete, prune, gc, reindex |
 | a layer | the open images of the point that brought it (`Pin`) | gc, for the moment of asking (`is_pinned`) |
+| a raw image | the kernel, while it reads that by itself | gc, as above |
 | `index.lock` | – | who opens the index or puts another in its place, meanwhile |
 
 Reading takes no part in the first: what is published does not change, and gc takes nothing away that an open image

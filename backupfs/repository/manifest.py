@@ -32,6 +32,7 @@ class DiskEntry(msgspec.Struct, frozen=True, kw_only=True):
     seq: Seq
     parent: str | None  # the point that this delta continues
     layer: str  # file name
+    raw: str | None = None  # of a plain layer, the file name of its payloads
     layer_id: Hex128
     layer_bytes: Bytes
     layer_blake3: Hex256

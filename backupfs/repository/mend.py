@@ -28,7 +28,7 @@ def check_chunk(layer: Layer, row: np.void, chunk_size: int) -> bytes:
     packed = int(row["length"]) | int(row["codec"]) << CODEC_SHIFT
     chunk = read_chunk(layer, offset, packed, int(row["xxh3"]), chunk_size)
     if blake3.blake3(chunk).digest(length=16) != identity(row):
-        raise Corrupt(layer.path, offset, "the chunk's BLAKE3 does not match")
+        raise Corrupt(layer.data.path, offset, "the chunk's BLAKE3 does not match")
     return chunk
 
 
@@ -61,11 +61,11 @@ def mend(root: str, layer: Layer, row: np.void, chunk: bytes) -> bool:
         return False
     try:
         with contextlib.suppress(Corrupt):  # what the disk can't read can't be kept
-            damaged = layer.pread(int(row["offset"]), int(row["length"]))
+            damaged = layer.data.pread(int(row["offset"]), int(row["length"]))
             keep(root, layer.header.layer_id.hex(), int(row["offset"]), damaged)
-        _write(layer.path, int(row["offset"]), payload)
+        _write(layer, int(row["offset"]), payload)
     except OSError as e:
-        raise RepositoryError(f"{layer.path}: can't be repaired: {e.strerror}") from e
+        raise RepositoryError(f"{layer.data.path}: can't be repaired: {e.strerror}") from e
     check_chunk(layer, row, len(chunk))
     return True
 
@@ -102,9 +102,12 @@ def keep(root: str, layer_id: str, offset: int, damaged: bytes) -> None:
     fsync_folder(folder)
 
 
-def _write(path: str, offset: int, payload: bytes) -> None:
-    with writable(path) as fd:
-        view, position = memoryview(payload), offset
+def _write(layer: Layer, offset: int, payload: bytes) -> None:
+    with writable(layer.data.path) as fd:
+        view, position = (
+            memoryview(payload)[: layer.data.length - offset],
+            offset,
+        )  # a raw image ends where the disk does
         while view:
             done = os.pwrite(fd, view, position)
             view, position = view[done:], position + done

@@ -84,14 +84,15 @@ def chain_named(name: str, generation: int) -> str:
     return name if generation == 1 else f"{name}.{generation}"
 
 
-LAYER, GONE = ".layer", ".gone"  # a layer; the mark of one that gc removed, whose number must not be used again
+# A layer; the payloads of a plain one; the mark of one that gc removed, whose number must not be used again.
+LAYER, RAW, GONE = ".layer", ".raw", ".gone"
 
 
 def layer_seq(name: str) -> int | None:
-    """Return the seq in the name of a layer, or of the mark of one that is gone; None for any other file."""
+    """Return the seq in the name of a chain's file; None for any other file."""
     stem, suffix = os.path.splitext(name)
     if (
-        suffix not in (LAYER, GONE)
+        suffix not in (LAYER, RAW, GONE)
         or not stem.isascii()
         or not stem.isdecimal()
         or name != layer_name(int(stem), suffix)
@@ -101,7 +102,7 @@ def layer_seq(name: str) -> int | None:
 
 
 def layer_name(seq: int, suffix: str = LAYER) -> str:
-    """Return the file name of a layer, or of the mark that one is gone."""
+    """Return the name of a chain's file."""
     return f"{seq:06d}{suffix}"
 
 

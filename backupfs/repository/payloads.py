@@ -2,8 +2,9 @@
 
 Whatever comes from the disk is read as a whole chunk and checked. Of a chunk that is stored as it is, and was checked
 before, a part may be read without that as long as the kernel still has it in memory, where the checked read left it
-(`Layer.pread_at_once`): once it has to come from the disk again, it is checked again. What is not found out is another
-program that changes the layer, or that brings a chunk, gone bad on the disk since, back into memory by reading it.
+(`DataFile.pread_at_once`): once it has to come from the disk again, it is checked again. What is not found out is
+another program that changes the layer, or that brings a chunk, gone bad on the disk since, back into memory by reading
+it.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ class Payloads:
         # 31 bits of the hash that was found right, for each chunk_size bytes of the file: of chunks that do not overlap
         # only one can begin there. Of the hash, not only that it was: should the number of a layer ever stand for
         # another one, it is not taken for checked. Mapped: what nobody touches takes no memory.
-        self._checked = memoryview(mmap.mmap(-1, 4 * (layer.length // chunk_size + 1))).cast("I")
+        self._checked = memoryview(mmap.mmap(-1, 4 * (layer.data.length // chunk_size + 1))).cast("I")
 
     def is_checked(self, offset: int, xxh3: int) -> bool:
         """Whether the chunk that is stored as it is at `offset` was found to have this hash.
@@ -48,7 +49,7 @@ class Payloads:
     def check(self, chunk: memoryview, offset: int, xxh3: int) -> None:
         """Compare a chunk that is stored as it is with its hash, and remember it. Raises Corrupt."""
         if xxhash.xxh3_64_intdigest(chunk) != xxh3:
-            raise Corrupt(self.layer.path, offset, "the chunk's checksum does not match")
+            raise Corrupt(self.layer.data.path, offset, "the chunk's checksum does not match")
         self._remember(offset, xxh3)
 
     def chunk(self, offset: int, xxh3: int, packed: int) -> bytes:
@@ -76,7 +77,7 @@ class Payloads:
 
     def _remember(self, offset: int, xxh3: int) -> None:
         if not self._remembers:
-            self.layer.read_nothing_ahead()  # else the kernel brings chunks into memory that nobody checks
+            self.layer.data.read_nothing_ahead()  # else the kernel brings chunks into memory that nobody checks
             self._remembers = True
         self._checked[offset // self.chunk_size] = xxh3 & 0xFFFFFFFF | 1
 
@@ -96,17 +97,17 @@ def read_chunk(layer: Layer, offset: int, packed: int, xxh3: int, chunk_size: in
     """
     length, codec_id = packed & LENGTH_MASK, packed >> CODEC_SHIFT
     if length > chunk_size or (codec_id == codec.NONE and length != chunk_size):
-        raise Corrupt(layer.path, offset, f"a chunk of {length} stored bytes can't be")
-    chunk = layer.pread(offset, length)
+        raise Corrupt(layer.data.path, offset, f"a chunk of {length} stored bytes can't be")
+    chunk = layer.data.pread(offset, length)
     if codec_id == codec.ZSTD:
         try:
             chunk = codec.decompress(chunk, chunk_size)
         except ValueError as e:
-            raise Corrupt(layer.path, offset, f"the chunk can't be decompressed: {e}") from e
+            raise Corrupt(layer.data.path, offset, f"the chunk can't be decompressed: {e}") from e
     elif codec_id != codec.NONE:
-        raise Corrupt(layer.path, offset, f"unknown codec {codec_id}")
+        raise Corrupt(layer.data.path, offset, f"unknown codec {codec_id}")
     if xxhash.xxh3_64_intdigest(chunk) != xxh3:
-        raise Corrupt(layer.path, offset, "the chunk's checksum does not match")
+        raise Corrupt(layer.data.path, offset, "the chunk's checksum does not match")
     return chunk
 
 
@@ -131,7 +132,7 @@ class Run:
         view = buffer[: len(self._hashes) * size]
         for offset in range(self._offset, self._offset + len(view), size):
             payloads.forget(offset)
-        payloads.layer.pread_into(self._offset, view)
+        payloads.layer.data.pread_into(self._offset, view)
         for i, xxh3 in enumerate(self._hashes):
             payloads.check(view[i * size : (i + 1) * size], self._offset + i * size, xxh3)
         return view

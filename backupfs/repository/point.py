@@ -159,7 +159,7 @@ class PointImage:
         if payloads is None:
             return None
         if packed == payloads.whole:
-            piece = payloads.layer.pread_at_once(at + within, length)
+            piece = payloads.layer.data.pread_at_once(at + within, length)
             return piece if payloads.is_checked(at, xxh3) else None
         chunk = store.chunks.get((chain_no, seq, at, xxh3))
         return None if chunk is None else memoryview(chunk)[within : within + length]

@@ -4,7 +4,8 @@ A point's manifest has the BLAKE3 of its layer's header, table and trailer toget
 whatever can be had, is to the bit what was published, or it is not written. It comes from
 
 - the header: the manifest, and the index or the parent's manifest for what it stands on;
-- a row of the table: itself with one bit flipped, when its check is right then; or, in a delta, the index;
+- a row of the table: itself with one bit flipped, when its check is right then; or, in a delta, the index; in a plain
+  layer, its raw image;
 - what is behind the table: the rows.
 
 What was there before is kept in the repository's folder `damaged`. A crash in the middle leaves a damaged layer, as
@@ -71,7 +72,7 @@ def rebuild(root: str, path: str, header: LayerHeader | None, entry: DiskEntry, 
         root: the repository's folder.
         header: what the layer's should be, where that is known; a good one in the file counts before it.
         entry: what its point's manifest says of it.
-        records: of this layer, from the index; None where that has none.
+        records: of this layer, from the index or the raw image; None where there are none.
 
     Returns:
         Whether they are right now; if not nothing was written.

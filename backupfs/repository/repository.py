@@ -416,9 +416,10 @@ class Writer:
         generations = [names.chain_of(c) for c in catalog.chains(self._repository.path, vm, disk)]
         return names.chain_named(chain, max((g for name, g in generations if name == chain), default=0) + 1)
 
-    def begin(self, vm: str, moment: datetime) -> PointWriter:
-        """Begin a point."""
-        return PointWriter(self._repository.path, self._repository.settings, vm, moment)
+    def begin(self, vm: str, moment: datetime, codec_name: str | None = None) -> PointWriter:
+        """Begin a point. `codec_name`: for its chunks; None: the repository's."""
+        settings = self._repository.settings
+        return PointWriter(self._repository.path, settings, vm, moment, codec_name or settings.codec)
 
     def commit(self, point: PointWriter, *, parent: str | None, tags: list[str] | None = None) -> Manifest:
         """Publish the point, then index it. When only the index fails, the point is there all the same: the next

@@ -47,7 +47,7 @@ def damaged_chunks(layer: Layer, rows: Rows, chunk_size: int, memory: Scratch) -
         begin = offsets[first]
         view = memory.take(max(map(int.__add__, offsets[first:end], lengths[first:end])) - begin)
         try:
-            layer.pread_into(begin, view)
+            layer.data.pread_into(begin, view)
             readable = True
         except Corrupt:  # a sector that can't be read; which chunk is it in?
             readable = False
@@ -64,7 +64,7 @@ def damaged_chunks(layer: Layer, rows: Rows, chunk_size: int, memory: Scratch) -
             try:
                 check_chunk(layer, rows[i], chunk_size)
                 if readable:
-                    log.warning("%s: read wrong at offset %d, and right the second time", layer.path, offsets[i])
+                    log.warning("%s: read wrong at offset %d, and right the second time", layer.data.path, offsets[i])
             except Corrupt as e:
                 bad.append((i, intern(e.what)))  # a few words for, maybe, a million chunks
     return bad

@@ -13,7 +13,7 @@ import numpy as np
 
 from backupfs.errors import Corrupt, RepositoryError
 from backupfs.repository import codec
-from backupfs.repository.format import ALIGNMENT, HEADER_SIZE, LAYER_MODE
+from backupfs.repository.format import ALIGNMENT, LAYER_MODE, round_up
 from backupfs.repository.layer import Layer
 from backupfs.repository.reach import Flags, Numbers
 from backupfs.units import GiB
@@ -33,11 +33,12 @@ def dead_ranges(layer: Layer, live: Flags) -> Iterator[tuple[int, int]]:
     Raises:
         Corrupt: the table is damaged.
     """
-    end = layer.trailer().table_offset
-    for start in range(HEADER_SIZE, end, _SEGMENT):
+    head, end = layer.data_range
+    end = round_up(end, ALIGNMENT)
+    for start in range(head, end, _SEGMENT):
         blocks = (min(start + _SEGMENT, end) - start) // ALIGNMENT
         used = np.zeros(blocks, np.bool_)
-        for offset, after in _live_spans(layer, live, end):
+        for offset, after in _live_spans(layer, live):
             first = np.maximum((offset - start) // ALIGNMENT, 0)
             last = np.minimum(-(-(after - start) // ALIGNMENT), blocks)
             lengths = np.maximum(last - first, 0)
@@ -48,9 +49,10 @@ def dead_ranges(layer: Layer, live: Flags) -> Iterator[tuple[int, int]]:
             yield start + begin * ALIGNMENT, (stop - begin) * ALIGNMENT
 
 
-def _live_spans(layer: Layer, live: Flags, end: int) -> Iterator[tuple[Numbers, Numbers]]:
+def _live_spans(layer: Layer, live: Flags) -> Iterator[tuple[Numbers, Numbers]]:
     """Yield where live payloads begin and end, many at a time."""
-    done = 0
+    done, (begin, end) = 0, layer.data_range
+    end += layer.header.chunk_size if layer.header.plain else 0  # the last chunk is behind the disk's end in part
     for rows in layer.rows():
         data = rows[rows["codec"] != codec.ZERO]
         kept = data[live[done : done + len(data)]]
@@ -58,7 +60,7 @@ def _live_spans(layer: Layer, live: Flags, end: int) -> Iterator[tuple[Numbers, 
         for i in range(0, len(kept), _ROWS):
             offset: Numbers = kept["offset"][i : i + _ROWS].astype(np.int64)
             after: Numbers = offset + kept["length"][i : i + _ROWS].astype(np.int64)
-            if np.any(offset < HEADER_SIZE) or np.any(after > end):
+            if np.any(offset < begin) or np.any(after > end):
                 raise Corrupt(layer.path, layer.trailer().table_offset, "a row's payload is not among the payloads")
             yield offset, after
 

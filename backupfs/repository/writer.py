@@ -4,7 +4,6 @@ A crash before `publish` renames the manifest leaves the old set of points, afte
 files in tmp/ and layers that no manifest names, the next writer removes or passes over.
 """
 
-import contextlib
 import os
 import secrets
 import threading
@@ -37,7 +36,7 @@ from backupfs.repository.format import (
     parse_digest,
     round_up,
 )
-from backupfs.repository.layer import LayerWriter
+from backupfs.repository.layer import LayerWriter, raw_path
 from backupfs.repository.manifest import DiskEntry, Manifest, Settings, seal
 from backupfs.repository.point import PointImage, disk_folder, layer_path
 
@@ -218,13 +217,14 @@ class PointWriter:
         settings: of the repository.
         vm: a checked name.
         moment: the point's time.
+        codec_name: what chunks are tried with; a base that is not compressed is a plain layer.
 
     Attributes:
         id: the point's; free, and staying so while the writer lock is held.
         consistency, domain_xml: for the manifest.
     """
 
-    def __init__(self, root: str, settings: Settings, vm: str, moment: datetime) -> None:
+    def __init__(self, root: str, settings: Settings, vm: str, moment: datetime, codec_name: str) -> None:
         self.vm = vm
         self.moment = moment.astimezone(UTC)
         self.consistency: Literal["crash", "frozen"] = "crash"
@@ -234,9 +234,9 @@ class PointWriter:
         self.id = self._free_id()
         self._repository_id = settings.id
         self._chunk_size = settings.chunk_size
-        self._codec = codec.by_name(settings.codec)
+        self._codec = codec.by_name(codec_name)
         self._disks: list[DiskWriter] = []
-        self._entries: list[tuple[DiskEntry, str]] = []  # with the temporary file
+        self._entries: list[tuple[DiskEntry, LayerWriter]] = []
 
     def add_disk(self, disk: str, size: int, chain: str, parent: ChainEnd | None) -> DiskWriter:
         """Begin a disk's layer: a delta on `parent`, or the base of a new chain.
@@ -258,6 +258,7 @@ class PointWriter:
             vm=self.vm,
             disk=disk,
             chain=chain,
+            plain=parent is None and self._codec == codec.NONE,
         )
         temporary = os.path.join(self._root, "tmp", f"{header.layer_id.hex()}.layer")
         layer = LayerWriter(temporary, header)
@@ -272,9 +273,7 @@ class PointWriter:
     def drop_disk(self, writer: DiskWriter) -> None:
         """Give up a disk that was begun, as if it never had been."""
         self._disks.remove(writer)
-        writer.layer.close()
-        with contextlib.suppress(OSError):  # the next writer removes it
-            os.unlink(writer.layer.path)
+        writer.layer.remove()
 
     def _next_seq(self, disk: str, chain: str, last: int) -> int:
         """Return a number that was never used in the chain: layers of a crash and of deleted points keep their own."""
@@ -302,6 +301,7 @@ class PointWriter:
         """
         facts = writer.layer.finish()
         header = writer.layer.header
+        name = os.path.basename(layer_path(self._root, self.vm, header.disk, header.chain, header.seq))
         entry = DiskEntry(
             name=header.disk,
             size=header.virtual_size,
@@ -309,7 +309,8 @@ class PointWriter:
             chain=header.chain,
             seq=header.seq,
             parent=writer.parent.point if writer.parent else None,
-            layer=os.path.basename(layer_path(self._root, self.vm, header.disk, header.chain, header.seq)),
+            layer=name,
+            raw=raw_path(name) if header.plain else None,
             layer_id=header.layer_id.hex(),
             layer_bytes=facts.length,
             layer_blake3=facts.blake3,
@@ -323,7 +324,7 @@ class PointWriter:
             recorder=recorder,
             source_format=source_format,
         )
-        self._entries.append((entry, writer.layer.path))
+        self._entries.append((entry, writer.layer))
         return entry
 
     def publish(self, *, parent: str | None, tags: list[str] | None = None, note: str = "") -> tuple[Manifest, bytes]:
@@ -337,10 +338,12 @@ class PointWriter:
         """
         published = False
         try:
-            for entry, temporary in self._entries:
+            for entry, layer in self._entries:
                 path = layer_path(self._root, self.vm, entry.name, entry.chain, entry.seq)
                 make_folders(self._root, os.path.dirname(path))
-                rename_new(temporary, path)
+                if layer.raw_path:  # first: where a layer is, all of it is
+                    rename_new(layer.raw_path, raw_path(path))
+                rename_new(layer.path, path)
                 fsync_folder(os.path.dirname(path))
             make_folders(self._root, self._points)
             manifest = Manifest(
@@ -381,6 +384,4 @@ class PointWriter:
     def abandon(self) -> None:
         """Remove what was written. After `publish` it does nothing."""
         for writer in self._disks:
-            writer.layer.close()
-            with contextlib.suppress(OSError):  # it was published; or the next writer removes it
-                os.unlink(writer.layer.path)
+            writer.layer.remove()

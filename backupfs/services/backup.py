@@ -33,6 +33,7 @@ class BackupRequest:
         audit: how many chunks that a bitmap calls clean are compared.
         full: start a new chain.
         chain: the chain's name as the user knows it.
+        codec: what the chunks are tried with; None: the repository's.
     """
 
     vm: str
@@ -42,6 +43,7 @@ class BackupRequest:
     audit: int = AUDIT
     full: bool = False
     chain: str = "main"
+    codec: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ def _backup(
         ends = dict.fromkeys(disks) if request.full else writer.chain_ends(request.vm, disks, request.chain)
         _check_since(request, {d: end.point if end else None for d, end in ends.items()})
         tracks = {d: _track(repository, request, (end.point, end.entry) if end else None) for d, end in ends.items()}
-        point = writer.begin(request.vm, request.moment or datetime.now(UTC))
+        point = writer.begin(request.vm, request.moment or datetime.now(UTC), request.codec)
         stack.callback(point.abandon)
         recorders = Recorders(repository.settings.id, request.chain, point.id)
         moment = machine.begin(recorders, tracks)

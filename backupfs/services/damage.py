@@ -15,7 +15,8 @@ class Damage:
     """Something that is not as it was written.
 
     Attributes:
-        kind: manifest, layer (missing, or not what it should be), table (header, table or trailer), index, chunk.
+        kind: manifest, layer (missing, or not what it should be), table (header, table or trailer), index, chunk, image
+            (data in a raw image's holes).
         points: those of the VM that it touches.
         disk, offset, length: the range of the disk that these points can't read; None where that can't be told, or
             where it is all of the disk.
@@ -101,7 +102,7 @@ def _ranges(bad: BadRows, chunk_size: int) -> Iterator[Damage]:
             disk=bad.disk,
             offset=offset,
             length=length,
-            file=bad.layer.path,
+            file=bad.layer.data.path,
             file_offset=file_offset,
             what=bad.what[i],
             repaired=bad.repaired[i],

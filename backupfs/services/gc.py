@@ -23,6 +23,7 @@ import numpy.typing as npt
 from backupfs.errors import RepositoryError
 from backupfs.repository import catalog, locks, names
 from backupfs.repository.files import fsync_folder, write_new
+from backupfs.repository.layer import raw_path
 from backupfs.repository.manifest import DiskEntry
 from backupfs.repository.point import Chain
 from backupfs.repository.reach import ChainLayers, reach
@@ -60,6 +61,7 @@ class _ChainPlan:
     Attributes:
         folder: of the chain.
         present: seqs of all layer files.
+        stray: raw images without a layer: of a writer, or a gc, that was killed.
         marks: seqs of layers that went before.
         live: by seq, of the layers that stay, which chunks with data are seen: eight a byte; and their number.
     """
@@ -67,6 +69,7 @@ class _ChainPlan:
     chain: Chain
     folder: str
     present: list[int]
+    stray: list[str]
     marks: list[int]
     live: dict[int, tuple[npt.NDArray[np.uint8], int]]
 
@@ -101,11 +104,16 @@ def _gc(repository: Repository, dry_run: bool, waiting: Callable[[str], None] | 
         plans = [plan for vm in catalog.vms(repository.path) for plan in _plan_vm(repository, vm, report)]
         for plan in plans:
             layers = ChainLayers(plan.chain, bytes.fromhex(repository.settings.id))
-            report.before += sum(allocated(layers.path(seq)) for seq in plan.present)
+            report.before += sum(allocated(path) for seq in plan.present for path in _paths(layers, seq))
+            report.before += sum(map(allocated, plan.stray))
             if not dry_run:
                 _mark_last(plan)
             for seq in plan.dead:
-                _remove(layers.path(seq), report, dry_run=dry_run)
+                report.layers += 1
+                for path in _paths(layers, seq):
+                    _remove(path, report, dry_run=dry_run)
+            for path in plan.stray:
+                _remove(path, report, dry_run=dry_run)
             for seq in plan.live:
                 _punch(layers, plan, seq, report, dry_run=dry_run)
         if not dry_run:
@@ -156,13 +164,22 @@ def _plan_chain(layers: ChainLayers, roots: dict[int, DiskEntry | None], report:
     files = catalog.chain_files(folder)
     present = sorted(seq for seq, suffix in files if suffix == names.LAYER)
     for seq in present:
-        if seq not in roots and locks.is_pinned(layers.path(seq)):
+        if seq not in roots and any(map(locks.is_pinned, _paths(layers, seq))):
             roots[seq] = None
             report.open.append(f"{layers.chain.vm}/{layers.chain.disk}/{layers.chain.name}/{seq}")
     found = reach(layers, roots)
     live = {seq: (np.packbits(flags), len(flags)) for seq, flags in sorted(found.live.items())}
     report.visible += found.visible
-    return _ChainPlan(layers.chain, folder, present, sorted(s for s, suffix in files if suffix == names.GONE), live)
+    raws = {seq for seq, suffix in files if suffix == names.RAW}
+    stray = [os.path.join(folder, names.layer_name(seq, names.RAW)) for seq in sorted(raws.difference(present))]
+    marks = sorted(seq for seq, suffix in files if suffix == names.GONE)
+    return _ChainPlan(layers.chain, folder, present, stray, marks, live)
+
+
+def _paths(layers: ChainLayers, seq: int) -> list[str]:
+    """Return the files of a layer that is there; one without header has no raw image that counts."""
+    path = layers.path(seq)
+    return [p for p in (path, raw_path(path)) if os.path.lexists(p)]
 
 
 def _mark_last(plan: _ChainPlan) -> None:
@@ -176,8 +193,7 @@ def _mark_last(plan: _ChainPlan) -> None:
 
 
 def _remove(path: str, report: GcReport, *, dry_run: bool) -> None:
-    """Remove a layer. A mount may have it open without needing it: the space comes back all the same."""
-    report.layers += 1
+    """Remove a file of a layer. A mount may have it open without needing it: the space comes back all the same."""
     status = os.stat(path)
     report.freed += status.st_blocks * 512 if status.st_nlink == 1 else 0
     if dry_run:
@@ -197,14 +213,15 @@ def _punch(layers: ChainLayers, plan: _ChainPlan, seq: int, report: GcReport, *,
     live = np.unpackbits(bits, count=count).astype(np.bool_)
     if np.all(live):
         return
-    path = layers.path(seq)
+    layer = layers.layer(seq)
+    path = layer.data.path
     before = allocated(path)
     alone = os.stat(path).st_nlink == 1
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     puncher: Puncher | None = None
     able = True
     try:
-        for offset, length in dead_ranges(layers.layer(seq), live):
+        for offset, length in dead_ranges(layer, live):
             there = stored(fd, offset, length)
             if there == 0:
                 continue

@@ -4,6 +4,7 @@ The bytes come through the checked reading of a restore; or the file system shar
 chunks are stored as they are (codec none) and the cache is on the layers' own file system (XFS, Btrfs). Then all of
 the file is read back, past the page cache where that can be, and compared with the BLAKE3 of every chunk, zeroes with
 zeroes. Only after that it gets its name and its record (hydrated.py). A crash or Ctrl-C leaves nothing that counts.
+A point that brought a plain layer has its raw image already: that is compared in the same way, and nothing is written.
 """
 
 import contextlib
@@ -36,7 +37,8 @@ class HydratedDisk:
     """A hydrated disk. Sizes in bytes.
 
     Attributes:
-        allocated: what the file takes; what it shares with a layer counts, too.
+        allocated: what the file takes beside the repository; what it shares with a layer counts, too.
+        in_place: the file is a plain layer's, in the repository.
         shared: of that, what it shared with layers when it was made; None: it was there already.
     """
 
@@ -46,6 +48,7 @@ class HydratedDisk:
     path: str
     size: int
     allocated: int
+    in_place: bool
     shared: int | None = None
     seconds: float = 0.0
 
@@ -76,7 +79,7 @@ def hydrate(repository: Repository, request: HydrateRequest, progress: Progress)
         TargetError: the cache can't be written, or gave back other bytes than were written.
     """
     entries = _entries(repository, request)
-    needed = sum(entry.allocated_bytes for entry in entries)
+    needed = sum(entry.allocated_bytes for entry in entries if not entry.raw)
     if request.limit is not None and needed > request.limit:
         raise UsageError(
             f"{request.vm}/{request.point} takes {format_size(needed)}, more than the limit of "
@@ -97,23 +100,29 @@ def _entries(repository: Repository, request: HydrateRequest) -> list[DiskEntry]
 def _one(repository: Repository, request: HydrateRequest, entry: DiskEntry, progress: Progress) -> HydratedDisk:
     began, repository_id = time.monotonic(), repository.settings.id
     shared = None
-    fd = hydrated.open_verified(repository_id, entry)
+    path = hydrated.image_path(repository, request.vm, entry)
+    fd = hydrated.open_verified(repository, request.vm, entry)
     if fd is not None:
         os.close(fd)
         _make_room(repository_id, request, 0)
     else:
         with contextlib.closing(repository.open_image(request.vm, request.point, entry.name)) as image:
             image.check_map()
-            _make_room(repository_id, request, entry.allocated_bytes)
-            shared = _make(repository_id, request, entry, image, progress)
-    path = hydrated.raw_path(repository_id, entry.layer_id)
+            if path is not None:
+                shared = 0
+                _verify_in_place(repository_id, request, entry, image, progress)
+            else:
+                _make_room(repository_id, request, entry.allocated_bytes)
+                shared = _make(repository_id, request, entry, image, progress)
+    path = path or hydrated.raw_path(repository_id, entry.layer_id)
     return HydratedDisk(
         vm=request.vm,
         point=request.point,
         disk=entry.name,
         path=path,
         size=entry.size,
-        allocated=os.stat(path).st_blocks * 512,
+        allocated=0 if entry.raw else os.stat(path).st_blocks * 512,
+        in_place=bool(entry.raw),
         shared=shared,
         seconds=round(time.monotonic() - began, 3),
     )
@@ -123,7 +132,7 @@ def _make_room(repository_id: str, request: HydrateRequest, needed: int) -> None
     """Take other points away until all are within the limit with `needed` bytes more."""
     if request.limit is None:
         return
-    found = hydrated.records(repository_id)
+    found = [(record, at) for record, at in hydrated.records(repository_id) if not record.in_place]
     sizes = {record.layer_id: hydrated.allocated(repository_id, record) for record, _ in found}
     used = needed + sum(sizes.values())
     last_used: dict[tuple[str, str], int] = {}
@@ -154,21 +163,43 @@ def _make(repository_id: str, request: HydrateRequest, entry: DiskEntry, image: 
             os.posix_fadvise(target.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that it comes from the disk
             again = _account(request, entry, f"{entry.name}, read back")
             DiskCopy(image, _ReadBack(target), again, progress, compare=True).run()
-        record = Hydrated(
-            vm=request.vm,
-            point=request.point,
-            disk=entry.name,
-            layer_id=entry.layer_id,
-            digest=entry.digest,
-            size=entry.size,
-            file=state,
-        )
-        hydrated.publish(repository_id, record, part)
+        hydrated.publish(repository_id, _record(request, entry, state, in_place=False), part)
     finally:
         target.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
     return shared
+
+
+def _verify_in_place(
+    repository_id: str, request: HydrateRequest, entry: DiskEntry, image: PointImage, progress: Progress
+) -> None:
+    """Compare a plain layer's raw image with the BLAKE3 of every chunk, and where it has none with zeroes."""
+    path = image.layer(0).data.path
+    target = FileTarget(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), path)
+    try:
+        state = hydrated.state_of(target.fileno())
+        os.posix_fadvise(target.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that it comes from the disk
+        what = "the raw image is not what the layer's table says: backupfs verify --repair"
+        DiskCopy(image, _ReadBack(target, what), _account(request, entry, entry.name), progress, compare=True).run()
+        if hydrated.state_of(target.fileno()) != state:
+            raise TargetError(f"{path}: somebody has changed it meanwhile")
+        hydrated.publish_in_place(repository_id, _record(request, entry, state, in_place=True))
+    finally:
+        target.close()
+
+
+def _record(request: HydrateRequest, entry: DiskEntry, state: hydrated.FileState, *, in_place: bool) -> Hydrated:
+    return Hydrated(
+        vm=request.vm,
+        point=request.point,
+        disk=entry.name,
+        layer_id=entry.layer_id,
+        digest=entry.digest,
+        size=entry.size,
+        file=state,
+        in_place=in_place,
+    )
 
 
 def _account(request: HydrateRequest, entry: DiskEntry, name: str) -> Restored:
@@ -188,10 +219,11 @@ def _check_space(part: str, needed: int) -> None:
 class _ReadBack:
     """A target that has what is to be written already: a write is an error. A Target."""
 
-    def __init__(self, target: FileTarget) -> None:
+    def __init__(self, target: FileTarget, what: str = "other bytes came back than were written: a bad disk") -> None:
         self.size = target.size
         self.description = target.description
         self._target = target
+        self._what = what
 
     def readinto(self, offset: int, buffer: Buffer) -> None:
         self._target.readinto(offset, buffer)
@@ -206,7 +238,7 @@ class _ReadBack:
         self._refuse(offset)
 
     def _refuse(self, offset: int) -> None:
-        raise TargetError(f"{self.description}: other bytes came back at offset {offset} than were written: a bad disk")
+        raise TargetError(f"{self.description}: damaged at offset {offset}: {self._what}")
 
     def flush(self) -> None:
         pass
@@ -245,9 +277,10 @@ def list_hydrated(repository: Repository) -> list[HydratedDisk]:
             vm=record.vm,
             point=record.point,
             disk=record.disk,
-            path=hydrated.raw_path(repository_id, record.layer_id),
+            path=hydrated.path_of(repository, record) or "",
             size=record.size,
             allocated=hydrated.allocated(repository_id, record),
+            in_place=record.in_place,
         )
         for record, _ in hydrated.records(repository_id)
     ]

@@ -7,6 +7,8 @@
 LAYER is the id of the layer that the disk got at its point. The file counts only with its record, and only as long as
 its inode, size and times are those in the record: the kernel checks no hashes, so what was verified must be what is
 read. A crash leaves files without a record, which count for nothing; the next `lock` removes them. From any thread.
+
+The raw image of a plain layer is such a file already: there is a record of it, and no other file.
 """
 
 import contextlib
@@ -19,9 +21,10 @@ from collections.abc import Iterator
 import msgspec
 
 from backupfs.errors import BackupfsError, Corrupt, Locked, NotFound
-from backupfs.repository import catalog
+from backupfs.repository import catalog, layer
 from backupfs.repository.files import fsync_folder, write_new
 from backupfs.repository.manifest import DiskEntry, open_sealed, seal
+from backupfs.repository.point import layer_path
 from backupfs.repository.repository import Repository
 
 log = logging.getLogger(__name__)
@@ -39,7 +42,11 @@ class FileState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hydrated(msgspec.Struct, frozen=True, kw_only=True):
-    """A record: whose disk a file holds, and what the file was like when all of it had been verified."""
+    """A record: whose disk a file holds, and what the file was like when all of it had been verified.
+
+    Attributes:
+        in_place: the file is a plain layer's, in the repository.
+    """
 
     vm: str
     point: str
@@ -48,6 +55,7 @@ class Hydrated(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
     size: int
     file: FileState
+    in_place: bool = False
 
     def is_of(self, entry: DiskEntry) -> bool:
         """Whether it holds this disk at this point."""
@@ -73,6 +81,11 @@ def part_path(repository_id: str, layer_id: str) -> str:
     return raw_path(repository_id, layer_id) + _PART
 
 
+def image_path(repository: Repository, vm: str, entry: DiskEntry) -> str | None:
+    """Return the path of the raw image of a disk whose point brought a plain layer; None of others."""
+    return layer.raw_path(layer_path(repository.path, vm, entry.name, entry.chain, entry.seq)) if entry.raw else None
+
+
 def _record_path(repository_id: str, layer_id: str) -> str:
     return os.path.join(folder(repository_id), f"{layer_id}.json")
 
@@ -83,22 +96,36 @@ def state_of(fd: int) -> FileState:
     return FileState(inode=found.st_ino, size=found.st_size, mtime_ns=found.st_mtime_ns, ctime_ns=found.st_ctime_ns)
 
 
-def open_verified(repository_id: str, entry: DiskEntry) -> int | None:
+def open_verified(repository: Repository, vm: str, entry: DiskEntry) -> int | None:
     """Return a descriptor of the disk's file, or None where there is none that is as it was when it was verified.
 
-    Reads no data. That it is used is remembered, for `hydrate --limit`.
+    Reads no data. That it is used is remembered, for `hydrate --limit`. A plain layer's image is pinned by the
+    descriptor: the kernel holds that for as long as it reads the file; when the mount's process has died, until the
+    mount is taken away.
     """
+    repository_id = repository.settings.id
     try:
         record = _read(_record_path(repository_id, entry.layer_id))
-        fd = _open(raw_path(repository_id, entry.layer_id))
+        path = image_path(repository, vm, entry) if record.in_place else raw_path(repository_id, entry.layer_id)
+        if path is None:
+            return None
+        fd = _open(path)
     except (OSError, BackupfsError):
         return None
-    if record.is_of(entry) and record.fits(fd):
+    if (not record.in_place or _share(fd)) and record.is_of(entry) and record.fits(fd):
         with contextlib.suppress(OSError):
             os.utime(_record_path(repository_id, entry.layer_id))
         return fd
     os.close(fd)
     return None
+
+
+def _share(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:  # gc asks just now; or there are no locks here
+        return False
+    return True
 
 
 def _open(path: str) -> int:
@@ -160,11 +187,22 @@ def _is_current(repository: Repository, record: Hydrated) -> bool:
         return False
     except Corrupt:
         pass  # nobody knows
+    path = path_of(repository, record)
     try:
-        with open(_open(raw_path(repository.settings.id, record.layer_id)), "rb") as file:
+        with open(_open(path or ""), "rb") as file:
             return record.fits(file.fileno())
     except OSError:
         return False
+
+
+def path_of(repository: Repository, record: Hydrated) -> str | None:
+    """Return the path of the file that a record is of; None: of a plain layer whose point can't be read."""
+    if not record.in_place:
+        return raw_path(repository.settings.id, record.layer_id)
+    with contextlib.suppress(BackupfsError):
+        entry = repository.manifest(record.vm, record.point).disk(record.disk)
+        return image_path(repository, record.vm, entry) if entry else None
+    return None
 
 
 def records(repository_id: str) -> list[tuple[Hydrated, int]]:
@@ -183,11 +221,26 @@ def records(repository_id: str) -> list[tuple[Hydrated, int]]:
 
 
 def allocated(repository_id: str, record: Hydrated) -> int:
-    """Return the bytes that a hydrated disk takes; those that it shares with a layer too."""
+    """Return the bytes that a hydrated disk takes beside the repository; those that it shares with a layer too."""
+    if record.in_place:
+        return 0
     try:
         return os.stat(raw_path(repository_id, record.layer_id)).st_blocks * 512
     except FileNotFoundError:
         return 0
+
+
+def publish_in_place(repository_id: str, record: Hydrated) -> None:
+    """Write the record of a plain layer's image that was verified. Under `lock`. Raises OSError."""
+    remove(repository_id, record)
+    _write_record(repository_id, record)
+
+
+def _write_record(repository_id: str, record: Hydrated) -> None:
+    temporary = _record_path(repository_id, record.layer_id) + _PART
+    write_new(temporary, seal(record))
+    os.rename(temporary, _record_path(repository_id, record.layer_id))
+    fsync_folder(folder(repository_id))
 
 
 def publish(repository_id: str, record: Hydrated, part: str) -> None:
@@ -200,7 +253,7 @@ def publish(repository_id: str, record: Hydrated, part: str) -> None:
         Corrupt: it has changed since.
         OSError: it can't be written.
     """
-    path, place = raw_path(repository_id, record.layer_id), folder(repository_id)
+    path = raw_path(repository_id, record.layer_id)
     remove(repository_id, record)
     os.rename(part, path)
     with open(_open(path), "rb") as file:
@@ -208,11 +261,8 @@ def publish(repository_id: str, record: Hydrated, part: str) -> None:
     # A rename is a change of the inode: of all times that one alone is taken as it is now.
     if msgspec.structs.replace(now, ctime_ns=record.file.ctime_ns) != record.file:
         raise Corrupt(path, 0, "somebody else has changed it meanwhile")
-    fsync_folder(place)
-    temporary = _record_path(repository_id, record.layer_id) + _PART
-    write_new(temporary, seal(msgspec.structs.replace(record, file=now)))
-    os.rename(temporary, _record_path(repository_id, record.layer_id))
-    fsync_folder(place)
+    fsync_folder(folder(repository_id))
+    _write_record(repository_id, msgspec.structs.replace(record, file=now))
 
 
 def remove(repository_id: str, record: Hydrated) -> None:

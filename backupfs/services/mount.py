@@ -80,7 +80,7 @@ class RepositoryCatalogue:
             xattrs={f"user.backupfs.{name}": value.encode() for name, value in facts.items()},
             open=open_image,
             check=_check_map,
-            raw=partial(hydrated.open_verified, self._repository.settings.id, disk),
+            raw=partial(hydrated.open_verified, self._repository, vm, disk),
         )
 
 

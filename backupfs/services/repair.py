@@ -14,9 +14,10 @@ from backupfs.image import Image
 from backupfs.repository import catalog, names
 from backupfs.repository.format import NO_LAYER, LayerHeader, LayerId
 from backupfs.repository.indexcheck import layer_records
-from backupfs.repository.layer import Layer
+from backupfs.repository.layer import Layer, raw_path
 from backupfs.repository.manifest import DiskEntry
 from backupfs.repository.mend import check_chunk, identity, mend, rows_like
+from backupfs.repository.plain import clear, image_records
 from backupfs.repository.point import disk_folder, layer_path
 from backupfs.repository.rebuild import rebuild
 from backupfs.repository.repository import Repository
@@ -53,6 +54,11 @@ def repair(
             for damage in filter(_is_of_a_layer, report.damage):
                 _rebuild_layer(repository, damage)
         _look_again(repository, report)
+    for damage in report.damage:
+        if damage.kind == "image":
+            with repository.exclusive(waiting):
+                clear(repository.path, Layer(os.path.splitext(damage.file)[0] + names.LAYER))
+            damage.repaired = "zeroes, which is what the table says"
     if any(d.kind == "index" for d in report.damage):
         _rebuild_index(repository, report)
     if not report.bad:
@@ -80,14 +86,23 @@ def _rebuild_layer(repository: Repository, damage: Damage) -> None:
         damage.what += "; its point has no manifest any more, so nothing says what was there"
         return
     entry = found[0]
+    if entry.raw is not None and not _is_as_long(raw_path(damage.file), entry.size):
+        damage.what += "; only a copy of the file can bring it back"
+        return
     header, records = _header_of(repository, vm, entry), None
     chain_no = _chain_no(repository, vm, entry)
-    if chain_no is not None and entry.kind == "delta":
+    if entry.raw is not None:
+        records = partial(image_records, raw_path(damage.file), repository.settings.chunk_size)
+    elif chain_no is not None and entry.kind == "delta":
         records = partial(layer_records, repository.store.index, chain_no, entry.seq)
     if rebuild(repository.path, damage.file, header, entry, records):
         damage.repaired = "the manifest, the index and the rest of the layer"
     else:
         damage.what += "; what is left of it is not enough to repair it"
+
+
+def _is_as_long(path: str, size: int) -> bool:
+    return os.path.isfile(path) and os.path.getsize(path) == size
 
 
 def _entries(repository: Repository, vm: str) -> Iterator[DiskEntry]:
@@ -129,6 +144,7 @@ def _header_of(repository: Repository, vm: str, entry: DiskEntry) -> LayerHeader
         vm=vm,
         disk=entry.name,
         chain=entry.chain,
+        plain=entry.raw is not None,
     )
 
 
@@ -171,7 +187,7 @@ def _repair(repository: Repository, places: list[_Place], sources: Sequence[tupl
                     chunk = check_chunk(layer, row, repository.settings.chunk_size)
                 except Corrupt:
                     continue  # the damaged one itself, for one
-                _mend(repository, missing, chunk, layer.path)
+                _mend(repository, missing, chunk, layer.data.path)
     for disk, spec in sources:
         wanted_here = [p for found in missing.values() for p in found if disk in (None, p[0].disk)]
         if wanted_here:

@@ -25,6 +25,7 @@ from backupfs.repository.layer import Layer
 from backupfs.repository.locks import Pin
 from backupfs.repository.manifest import DiskEntry, Manifest
 from backupfs.repository.payloads import Scratch
+from backupfs.repository.plain import stray_data
 from backupfs.repository.point import Chain, layer_path
 from backupfs.repository.repository import Repository
 from backupfs.repository.scrub import damaged_chunks
@@ -188,6 +189,8 @@ class _Chain:
             try:
                 published = lineage.points.get(seq)
                 _check_file(layer, published[1] if published else None)
+                if layer.header.plain:
+                    self._check_holes(layer)
             except Corrupt as e:
                 broken(layer.path, seq, e)
                 try:
@@ -195,10 +198,27 @@ class _Chain:
                 except Corrupt:
                     lineage.layers.remove(layer)
 
+    def _check_holes(self, layer: Layer) -> None:
+        """Look for data in a raw image where the table has none: no point shows it, but who reads the file does."""
+        found = list(stray_data(layer))
+        size = sum(length for _, length in found)
+        if found:
+            self._report.damage.append(
+                Damage(
+                    kind="image",
+                    vm=self._address.vm,
+                    points=[],
+                    disk=self._address.disk,
+                    file=layer.data.path,
+                    file_offset=found[0][0],
+                    what=f"{size} bytes have data where the disk has none; no mount and no restore shows them",
+                )
+            )
+
     def _check_chunks(self, lineage: Lineage, tables: Pass) -> None:
         """Read what the points see."""
         points = [(point, entry.size) for point, entry in lineage.points.values()]
-        total = sum(layer.length for layer in lineage.layers)
+        total = sum(_stored_bytes(layer) for layer in lineage.layers)
         pending: deque[tuple[Visible, Future[list[tuple[int, str]]]]] = deque()
         memory = Scratch()
         with ThreadPoolExecutor(_WORKERS, "verify") as workers:
@@ -289,6 +309,12 @@ class _Chain:
                     Damage(kind="index", vm=vm, disk=disk, points=points, file=path, what=fault[1])
                 )
             return
+
+
+def _stored_bytes(layer: Layer) -> int:
+    """Return about what all of a layer's payloads take."""
+    begin, end = layer.data_range
+    return layer.trailer().data_chunks * layer.header.chunk_size if layer.header.plain else end - begin
 
 
 def _check_file(layer: Layer, entry: DiskEntry | None) -> None:

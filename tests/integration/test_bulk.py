@@ -1,5 +1,6 @@
 """Bulk reads against the bytes that were written, over a chain with rewritten and zeroed chunks and many regions."""
 
+import os
 import random
 from pathlib import Path
 
@@ -8,7 +9,6 @@ from repositories import add_point
 
 from backupfs.errors import Corrupt
 from backupfs.repository.bulk import read_chunks
-from backupfs.repository.format import HEADER_SIZE
 from backupfs.repository.layer import Layer
 from backupfs.repository.repository import Repository
 from backupfs.units import KiB
@@ -39,14 +39,14 @@ def test_against_what_was_written(tmp_path: Path, codec_name: str) -> None:
                 read_chunks(image, first * CHUNK, memoryview(buffer))
                 assert buffer == expected[first * CHUNK : end]
             image.close()
-        layer = tmp_path / "repo/vms/web01/disks/vda/main/000000.layer"
-        table = Layer(str(layer)).trailer().table_offset
-        layer.chmod(0o600)
-        with open(layer, "r+b") as file:  # all of its payloads; the table stays
-            file.seek(HEADER_SIZE)
-            file.write(bytes(table - HEADER_SIZE))
+        layer = Layer(str(tmp_path / "repo/vms/web01/disks/vda/main/000000.layer"))
+        begin, end = layer.data_range
+        os.chmod(layer.data.path, 0o600)
+        with open(layer.data.path, "r+b") as file:  # all of its payloads; the table stays
+            file.seek(begin)
+            file.write(bytes(end - begin))
         for point in states:
             image = repository.open_image("web01", point, "vda")
-            with pytest.raises(Corrupt, match=r"000000\.layer"):
+            with pytest.raises(Corrupt, match=r"000000\."):
                 read_chunks(image, 0, memoryview(bytearray(512 * CHUNK)))
             image.close()

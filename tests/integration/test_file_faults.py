@@ -77,12 +77,12 @@ class Faulty:
             command()
 
 
-@pytest.fixture(scope="module")
-def built() -> Iterator[tuple[Path, dict[str, bytes]]]:
+@pytest.fixture(scope="module", params=["zstd", "none"])
+def built(request: pytest.FixtureRequest) -> Iterator[tuple[Path, dict[str, bytes]]]:
     """A repository of five points, one of them deleted, so that gc has layers and holes to do."""
     with tempfile.TemporaryDirectory(dir=SCRATCH) as name:
         path = Path(name) / "repo"
-        Repository.init(str(path), chunk_size=CHUNK)
+        Repository.init(str(path), chunk_size=CHUNK, codec_name=request.param)
         rng = random.Random(1)
         disk = bytearray(rng.randbytes(30 * CHUNK + 5))
         points = {}

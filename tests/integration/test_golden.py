@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 from repositories import add_point, read_point
 
 from backupfs.repository.repository import Repository
@@ -12,10 +13,11 @@ from backupfs.repository.repository import Repository
 DATA = Path(__file__).parent.parent / "data"
 
 
-def test_the_repository_of_version_1_opens_and_grows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["repository-v1", "repository-v1-plain"])
+def test_the_repository_of_version_1_opens_and_grows(tmp_path: Path, name: str) -> None:
     path = tmp_path / "repo"
-    shutil.copytree(DATA / "repository-v1", path)
-    expected = json.loads((DATA / "repository-v1.json").read_text())
+    shutil.copytree(DATA / name, path)
+    expected = json.loads((DATA / f"{name}.json").read_text())
     with Repository.open(str(path)) as repository:
         found = {}
         for vm in repository.vms():

@@ -61,6 +61,14 @@ def run(repository: Repository, point: str, limit: int | None = None) -> service
     return done
 
 
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    path.chmod(0o600)
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(data)
+    path.chmod(0o400)
+
+
 def left(repository: Repository) -> list[str]:
     """Return the points that are hydrated, after a look at what lies in the folder."""
     found = list_hydrated(repository)
@@ -89,13 +97,9 @@ def test_a_private_sparse_equal_file(repository: Repository, cache: Path) -> Non
 
 def test_a_damaged_point_leaves_nothing(tmp_path: Path) -> None:
     made = make(tmp_path / "repo", "none")
-    layer = tmp_path / "repo/vms/web01/disks/vda/main/000000.layer"
-    layer.chmod(0o600)
-    with open(layer, "r+b") as file:
-        file.seek(900 * KiB)
-        file.write(b"damage")
+    overwrite(tmp_path / "repo/vms/web01/disks/vda/main/000000.raw", 900 * KiB, b"damage")
     said = backupfs(tmp_path / "repo", "hydrate", "web01/latest", code=20)
-    assert "000000.layer: damaged at offset" in said
+    assert "000000.raw: damaged at offset" in said
     with Repository.open(str(tmp_path / "repo")) as repository:
         assert left(repository) == []
         with pytest.raises(Corrupt):
@@ -131,7 +135,7 @@ def test_a_file_that_somebody_changes_meanwhile(repository: Repository, monkeypa
 
 
 def test_the_limit(tmp_path: Path) -> None:
-    make(tmp_path / "repo", "none")
+    make(tmp_path / "repo")
     with Repository.open(str(tmp_path / "repo")) as repository:
         data = random.Random(9).randbytes(3 * MiB)
         third = add_point(repository, data, vm="db").id
@@ -141,7 +145,7 @@ def test_the_limit(tmp_path: Path) -> None:
             os.utime(record, (1000 + at, 1000 + at))
         entry = repository.manifest("web01", first).disk("vda")
         assert entry
-        fd = hydrated.open_verified(repository.settings.id, entry)  # a mount uses it
+        fd = hydrated.open_verified(repository, "web01", entry)  # a mount uses it
         assert fd is not None
         os.close(fd)
         request = HydrateRequest(vm="db", point=third, limit=2 * MiB)
@@ -173,7 +177,7 @@ def test_deleted_points_and_what_crashes_left_go(repository: Repository) -> None
 
 def test_killed(tmp_path: Path) -> None:
     """Killed while it writes: what is left does not count, and the next one takes it away."""
-    Repository.init(str(tmp_path / "repo"), codec_name="none")
+    Repository.init(str(tmp_path / "repo"))
     with Repository.open(str(tmp_path / "repo")) as repository:
         point = add_point(repository, random.Random(4).randbytes(MiB) * 96).id
         folder = Path(hydrated.folder(repository.settings.id))
@@ -207,7 +211,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert Path(done.pop("path")).read_bytes() == FIRST
     assert done.pop("allocated") == 2 * MiB
     assert done.pop("seconds") > 0
-    assert done == {"vm": "web01", "point": first, "disk": "vda", "size": 4 * MiB, "shared": 0}
+    assert done == {"vm": "web01", "point": first, "disk": "vda", "size": 4 * MiB, "in_place": False, "shared": 0}
     assert "was there" in backupfs(repo, "hydrate", f"web01/{first}")
     assert f"web01/{second}/vda: " in backupfs(repo, "hydrate", "web01/latest")
     assert backupfs(repo, "hydrate", "--list").split("\n")[1].startswith(f"web01/{first}/vda  2 MiB")
@@ -275,17 +279,16 @@ def test_shared_blocks(xfs: Path, monkeypatch: pytest.MonkeyPatch, codec: str, t
             # Not what is compressed, the text, nor the last piece of a chunk.
             compressed = 192 * KiB if codec == "zstd" and b"text" * 100 in data else 0
             cut = 64 * KiB if tail else 0
+            if entry.raw:
+                assert (done.in_place, done.shared, done.allocated) == (True, 0, 0)
+                continue
             assert done.shared == shared_bytes(Path(done.path)) == entry.allocated_bytes - compressed - cut
 
 
 def test_a_shared_chunk_is_checked_too(xfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(xfs / "cache"))
     make(xfs / "repo", "none")
-    layer = xfs / "repo/vms/web01/disks/vda/main/000000.layer"
-    layer.chmod(0o600)
-    with open(layer, "r+b") as file:
-        file.seek(900 * KiB)
-        file.write(b"damage")
+    overwrite(xfs / "repo/vms/web01/disks/vda/main/000000.raw", 900 * KiB, b"damage")
     with Repository.open(str(xfs / "repo")) as repository:
         with pytest.raises(Corrupt, match="damaged at offset"):
             run(repository, repository.points("web01")[1])

@@ -203,8 +203,8 @@ class Keeping(RuleBasedStateMachine):
         kept = 0
         for path in self.path.rglob("*.layer"):
             layer = Layer(str(path))
-            end = layer.trailer().table_offset
-            kept += stored(layer._fd, BLOCK, end - BLOCK)
+            begin, end = layer.data_range
+            kept += stored(layer.data.fd, begin, end - begin)
         assert sum(n for _, _, _, n in places) == visible
         assert kept <= 1.05 * BLOCK * len(blocks)
 

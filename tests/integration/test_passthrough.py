@@ -19,13 +19,15 @@ from commands import BACKUPFS, backupfs
 from mounts import AS_NOBODY, choose_lane, fails_with, let_in, needs_fuse, process_of, unmount_all, wait_until
 from repositories import add_point
 
-from backupfs.errors import MountError
+from backupfs.errors import Corrupt, MountError
 from backupfs.extents import Extent
 from backupfs.fuse import mountpoint
 from backupfs.repository.repository import Repository
 from backupfs.services import background, hydrated
 from backupfs.services import mount as service
+from backupfs.services.gc import gc
 from backupfs.services.hydrate import HydrateRequest, dehydrate, hydrate
+from backupfs.services.prune import delete
 from backupfs.units import KiB, MiB
 
 SECONDS = 300 if os.environ.get("BACKUPFS_LONG") else 4
@@ -41,10 +43,10 @@ pytestmark = [
 class Place:
     """A repository of two points, its mount, and its cache folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, codec: str) -> None:
         self.repository, self.path, self.cache = folder / "repo", folder / "mnt", folder / "cache"
         self.path.mkdir()
-        Repository.init(str(self.repository))
+        Repository.init(str(self.repository), codec_name=codec)
         first = random.Random(1).randbytes(2 * MiB) + bytes(3 * MiB) + random.Random(2).randbytes(1 * MiB + 700)
         second = first[: 64 * KiB] + bytes(64 * KiB) + random.Random(3).randbytes(64 * KiB) + first[192 * KiB :]
         with Repository.open(str(self.repository)) as repository:
@@ -130,11 +132,11 @@ def read_all(fd: int) -> bytes:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Place]:
     choose_lane(monkeypatch, "lane")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    place = Place(tmp_path)
+    place = Place(tmp_path, getattr(request, "param", "zstd"))
     try:
         yield place
     finally:
@@ -286,6 +288,49 @@ def test_the_end_of_a_mount_under_open_files(place: Place) -> None:
             pid = place.process()
         service.unmount(str(place.path))
         os.waitpid(pid, 0)  # before the next one is looked for
+
+
+@pytest.mark.parametrize("place", ["none"], indirect=True)
+def test_a_raw_image_of_the_repository(place: Place) -> None:
+    """A plain layer's is read by the kernel once it is verified; and kept while it is, even by a mount that died."""
+    data = place.contents[place.first]
+    place.mount()
+    assert not place.is_passed_through(place.first)
+    image = place.hydrate(place.first)
+    assert image.is_relative_to(place.repository)
+    place.expect_passthrough(place.first)
+    with opened(place.file(place.first)) as fd:
+        assert place.reads_alone(fd, 0, 20)
+        pid = place.process()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        with Repository.open(str(place.repository)) as repository:
+            delete(repository, [("web01", place.first)])
+            report = gc(repository)
+            assert (report.freed, report.open) == (0, ["web01/vda/main/0"])
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        assert read_all(fd) == data
+    place.mount()  # takes the dead one away, and with it what the kernel held
+    with Repository.open(str(place.repository)) as repository:
+
+        def freed() -> bool:
+            return gc(repository).freed >= 128 * KiB
+
+        wait_until(freed)
+    with opened(place.file(place.second)) as fd:
+        assert read_all(fd) == place.contents[place.second]
+
+
+@pytest.mark.parametrize("place", ["none"], indirect=True)
+def test_a_raw_image_that_was_changed(place: Place) -> None:
+    image = place.hydrate(place.first)
+    overwrite(image)
+    place.mount()
+    with opened(place.file(place.first)) as fd:
+        assert place.reads_alone(fd, 4 * MiB, 0.5) is None
+        fails_with(errno.EIO, os.pread, fd, 4096, 1 * MiB)
+    with pytest.raises(Corrupt, match=r"000000\.raw: damaged at offset 1048576"):
+        place.hydrate(place.first)
 
 
 def test_where_the_kernel_cannot_do_it(place: Place, tmp_path: Path) -> None:

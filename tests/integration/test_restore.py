@@ -14,6 +14,7 @@ from servers import nbdkit, need, qemu_nbd, run
 
 from backupfs.errors import BackupfsError, Corrupt, SourceError, TargetError, UsageError
 from backupfs.extents import Extent
+from backupfs.repository.layer import Layer
 from backupfs.repository.repository import Repository
 from backupfs.services import restore as service
 from backupfs.services.restore import PARTIAL, Restored, RestoreRequest
@@ -343,7 +344,7 @@ def test_permission(repository: Repository, tmp_path: Path) -> None:
 
 def test_damage_is_an_error_and_nothing_gets_the_name(repository: Repository, tmp_path: Path) -> None:
     point = repository.points("web01")[0]
-    (layer,) = (tmp_path / "repo/vms/web01/disks/vda/main").glob("000000.layer")
+    layer = Path(Layer(str(tmp_path / "repo/vms/web01/disks/vda/main/000000.layer")).data.path)
     data = bytearray(layer.read_bytes())
     data[MiB] ^= 1
     layer.chmod(0o600)

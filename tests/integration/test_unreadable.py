@@ -59,11 +59,12 @@ def test_unreadable_sectors(repo: Path) -> None:
     layer = layer_of(repo, 0)
     with Repository.open(str(repo)) as repository:
         first, second = repository.points("web01")
-    end = Layer(str(layer)).trailer().table_offset
+    opened = Layer(str(layer))
+    end = opened.data_range[1]
     bad = [(PAGE, 512), (end // 2 // PAGE * PAGE + 1024, 1024)]
     chunks = hit(layer, bad)
     assert 1 < len(chunks) < 40
-    with unreadable(layer, bad):
+    with unreadable(Path(opened.data.path), bad):
         command = [*BACKUPFS, "-r", str(repo), "verify", "--json"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 20, done.stderr
@@ -71,7 +72,7 @@ def test_unreadable_sectors(repo: Path) -> None:
         found = document["damage"]
         told = {n for d in found for n in range(d["offset"] // CHUNK, (d["offset"] + d["length"]) // CHUNK)}
         assert told == chunks
-        assert {(d["kind"], d["disk"], d["file"]) for d in found} == {("chunk", "vda", str(layer))}
+        assert {(d["kind"], d["disk"], d["file"]) for d in found} == {("chunk", "vda", opened.data.path)}
         assert all("Input/output error" in d["what"] for d in found)
         assert "second time" not in done.stderr
         for d in found:

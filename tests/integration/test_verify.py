@@ -78,12 +78,14 @@ def layer(repository: Repository, seq: int, chain: str = "main") -> Path:
     return Path(repository.path) / DISK / chain / f"{seq:06d}.layer"
 
 
-def payload(path: Path, chunk_no: int) -> int:
-    """Return an offset inside the payload of a chunk."""
-    for rows in Layer(str(path)).rows():
+def payload(path: Path, chunk_no: int) -> tuple[Path, int]:
+    """Return the file with the payload of a chunk, and an offset inside it."""
+    layer = Layer(str(path))
+    for rows in layer.rows():
         for row in rows:
             if row["chunk_no"] == chunk_no and row["codec"]:
-                return int(row["offset"]) + int(row["length"]) // 2
+                half = 50 if chunk_no == 40 else int(row["length"]) // 2  # that ends the disk
+                return Path(layer.data.path), int(row["offset"]) + half
     raise AssertionError("no such chunk")
 
 
@@ -115,8 +117,7 @@ def test_a_chunk_hurts_the_points_that_see_it(repository: Repository) -> None:
         (0, 40, [first, second, third]),
     ]
     for seq, number, points in cases:
-        path = layer(repository, seq)
-        offset = payload(path, number)
+        path, offset = payload(layer(repository, seq), number)
         flip(path, offset)
         (found,) = damage_of(check(repository))
         assert (found.kind, found.vm, found.disk, found.points) == ("chunk", "web01", "vda", points)
@@ -135,7 +136,7 @@ def test_a_chunk_hurts_the_points_that_see_it(repository: Repository) -> None:
 def test_neighbours_are_told_as_one_range(repository: Repository) -> None:
     path = layer(repository, 0)
     for number in (10, 11, 12, 14, 20, 21):
-        flip(path, payload(path, number))
+        flip(*payload(path, number))
     found = damage_of(check(repository))
     if repository.settings.codec == "none":  # the order of the payloads is that of the chunks
         assert [(d.offset, d.length) for d in found] == [
@@ -260,9 +261,10 @@ def damage_some(repository: Repository) -> dict[str, bytes]:
     before = {}
     for seq, numbers in enumerate([(0, 5, 6, 40), (3, 4), (20,)]):
         path = layer(repository, seq)
-        before[str(path)] = path.read_bytes()
+        data = Path(Layer(str(path)).data.path)
+        before[str(data)] = data.read_bytes()
         for number in numbers:
-            flip(path, payload(path, number))
+            flip(*payload(path, number))
     return before
 
 
@@ -281,10 +283,11 @@ def test_repair_from_another_chain(repository: Repository) -> None:
     assert read_point(repository, first) == STATES[0]
     assert bytes_or_error(repository, second) is None
     assert read_point(repository, third) == STATES[2]
-    assert layer(repository, 0).read_bytes() == before[str(layer(repository, 0))]
+    base = Path(Layer(str(layer(repository, 0))).data.path)
+    assert base.read_bytes() == before[str(base)]
     kept = list((Path(repository.path) / "damaged").iterdir())
     assert len(kept) == len(before) + 3
-    assert layer(repository, 0).stat().st_mode & 0o777 == 0o400
+    assert base.stat().st_mode & 0o777 == 0o400
 
 
 def test_repair_from_sources(repository: Repository, tmp_path: Path) -> None:
@@ -324,7 +327,7 @@ def test_repair_when_the_compressor_is_another_one(repository: Repository, tmp_p
             codec._per_thread.__dict__.clear()
         path = Path(repository.path) / DISK / point.disks[0].chain / "000000.layer"
         for number in range(40):
-            flip(path, payload(path, number))
+            flip(*payload(path, number))
         source.write_bytes(data)
         report = check(repository)
         repair(repository, report, [(None, str(source))], None)
@@ -352,7 +355,7 @@ def test_the_command(repository: Repository, tmp_path: Path) -> None:
     repo = Path(repository.path)
     backupfs(repo, "verify")
     path = layer(repository, 0)
-    flip(path, payload(path, 5))
+    flip(*payload(path, 5))
     said = backupfs(repo, "verify", "web01", "--json", code=20)
     assert "damaged at offset" in said
     status = json.loads(_output(repo, "status", "--json"))

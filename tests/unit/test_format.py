@@ -36,6 +36,7 @@ def documented(name: str) -> str:
     ("name", "value"),
     [
         ("format version", format.VERSION),
+        ("version of a plain layer", format.PLAIN_VERSION),
         ("chunk size, smallest", format.MIN_CHUNK),
         ("chunk size, default", format.DEFAULT_CHUNK),
         ("chunk size, largest", format.MAX_CHUNK),
