@@ -52,8 +52,11 @@ class Gatherer(Image, Protocol):
         They are not to be written to, and good until the same thread calls again.
         """
 
-    def at_once(self, offset: int, length: int) -> Buffer | bytes | None:
-        """Return the bytes of a range, not empty, if that does not wait for a disk or work for long; otherwise None."""
+    def at_once(self, offset: int, into: list[memoryview]) -> bool:
+        """Fill `into`, one piece of memory, if that does not wait for a disk or work for long; return whether it did.
+
+        If not, the memory then holds anything.
+        """
 
 
 def seek(image: Image, offset: int, whence: int) -> int:

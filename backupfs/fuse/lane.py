@@ -20,6 +20,7 @@ import contextlib
 import errno
 import itertools
 import logging
+import mmap
 import os
 import queue
 import socket
@@ -37,6 +38,7 @@ from backupfs.image import Buffer
 
 log = logging.getLogger(__name__)
 
+_SECTOR = 512  # READs of other sizes are rare
 _LARGEST_LISTING = 128 << 10  # bytes of a READDIR's answer: it has to fit into a message
 _MESSAGES = 4 << 20  # bytes that the pair holds, if that is allowed
 _GONE = (errno.ENOENT, errno.ENODEV)  # nobody waits for the answer any more; unmounted
@@ -54,6 +56,18 @@ class Others(Protocol):
 
     def complain(self, inode: int, doing: str, error: Exception) -> None:
         """Log an error. From any thread."""
+
+
+class _Answer:
+    """Memory for the answer of a READ of so many bytes: the content begins where a page does, the header before it."""
+
+    __slots__ = ("content", "head", "whole")
+
+    def __init__(self, memory: memoryview, size: int) -> None:
+        begin, end = mmap.PAGESIZE - ANSWER_SIZE, mmap.PAGESIZE + size
+        self.head = memory[begin : mmap.PAGESIZE]
+        self.content = [memory[mmap.PAGESIZE : end]]
+        self.whole = memory[begin:end]
 
 
 class Lane:
@@ -88,6 +102,8 @@ class Lane:
         self._files: dict[int, File] = {}
         self._workers = Workers(self._read, self._seek)
         self._in_image: File | None = None  # that the reader thread looks at
+        self._memory = memoryview(mmap.mmap(-1, mmap.PAGESIZE + kernel.MAX_READ))  # for the reader thread's answers
+        self._prepared: dict[int, _Answer] = {}  # by the size of the READ
         self._threads: list[threading.Thread] = []
         self._ending = False
 
@@ -145,13 +161,17 @@ class Lane:
         try:
             os.writev(self._device, buffers)
         except OSError as e:
-            if e.errno in _GONE:
-                return None
-            # Mostly the kernel has ended the request with EIO already.
-            with contextlib.suppress(OSError):
-                os.write(self._device, ANSWER.pack(ANSWER_SIZE, -errno.EIO, unique))
-            return e
+            return self._not_taken(unique, e)
         return None
+
+    def _not_taken(self, unique: int, error: OSError) -> OSError | None:
+        """Make sure that a request is answered whose answer failed. Returns the error if it is one."""
+        if error.errno in _GONE:
+            return None
+        # Mostly the kernel has ended the request with EIO already.
+        with contextlib.suppress(OSError):
+            os.write(self._device, ANSWER.pack(ANSWER_SIZE, -errno.EIO, unique))
+        return error
 
     # The reader thread.
 
@@ -199,19 +219,29 @@ class Lane:
         if file is None:
             self._hand_over(lambda: self._others.start_read(unique, handle, offset, size), unique)
             return
-        length, piece = min(size, file.size - offset), None
+        answer, done = self._prepared.get(size) or self._prepare(size), False
         self._in_image = file
         # In this order: `remove` takes the handle away and then waits for us, `finish` sets the flag and then waits.
-        if handle in self._files and not self._ending and length > 0:
+        if answer is not None and handle in self._files and not self._ending and offset + size <= file.size:
             try:
-                piece = file.at_once(offset, length)
+                done = file.at_once(offset, answer.content)
             except Exception:  # noqa: BLE001, whatever it is, a worker meets it too, and tells
-                piece = None
+                done = False
         self._in_image = None
-        if piece is not None and len(piece) == length and file.held.condemned is None:
-            self.answer(unique, (piece,), length)
+        if done and answer is not None and file.held.condemned is None:
+            ANSWER.pack_into(answer.head, 0, ANSWER_SIZE + size, 0, unique)
+            try:
+                os.write(self._device, answer.whole)
+            except OSError as e:
+                self._not_taken(unique, e)
         else:
             self._workers.submit(file, Job(unique, kernel.READ, offset, size))
+
+    def _prepare(self, size: int) -> "_Answer | None":
+        if size % _SECTOR or not 0 < size <= kernel.MAX_READ:
+            return None
+        answer = self._prepared[size] = _Answer(self._memory, size)
+        return answer
 
     def _take_seek(self, unique: int, handle: int, offset: int, whence: int) -> None:
         file = self._files.get(handle)

@@ -39,7 +39,7 @@ class File:
         self.size = self.image.size
         self.jobs = 0  # that a worker has or is to take
         self.closed = False
-        self.at_once: Callable[[int, int], Buffer | bytes | None] = lambda _offset, _length: None
+        self.at_once: Callable[[int, list[memoryview]], bool] = lambda _offset, _into: False
         self.gather: Callable[[int, int], Sequence[Buffer | bytes]] = self._read
         if isinstance(self.image, Gatherer):
             self.at_once, self.gather = self.image.at_once, self.image.gather

@@ -75,15 +75,6 @@ class DataFile:
         if done < len(buffer):
             buffer[done:] = self.pread(offset + done, len(buffer) - done)
 
-    def pread_at_once(self, offset: int, length: int) -> bytearray | None:
-        """Return the same if the kernel has all of it in memory. Source: preadv2(2), RWF_NOWAIT."""
-        buffer = bytearray(length)
-        try:
-            got = os.preadv(self.fd, [buffer], offset, os.RWF_NOWAIT)
-        except OSError:  # EAGAIN; EOPNOTSUPP of file systems that can't tell
-            return None
-        return buffer if got == length else None
-
     def read_nothing_ahead(self) -> None:
         """Let the kernel read what is asked for and no more. Source: posix_fadvise(2)."""
         with contextlib.suppress(OSError):

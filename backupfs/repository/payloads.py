@@ -2,7 +2,7 @@
 
 Whatever comes from the disk is read as a whole chunk and checked. Of a chunk that is stored as it is, and was checked
 before, a part may be read without that as long as the kernel still has it in memory, where the checked read left it
-(`DataFile.pread_at_once`): once it has to come from the disk again, it is checked again. What is not found out is
+(at_hand.py): once it has to come from the disk again, it is checked again. What is not found out is
 another program that changes the layer, or that brings a chunk, gone bad on the disk since, back into memory by reading
 it.
 """
@@ -23,28 +23,32 @@ class Payloads:
     """What a layer stores.
 
     Attributes:
+        fd: of the file with the payloads.
         whole: the `packed` of a chunk that is stored as it is.
+        marks: which chunks were found right; see `mark`.
     """
 
     def __init__(self, layer: Layer, chunk_size: int) -> None:
         self.layer = layer
+        self.fd = layer.data.fd
         self.chunk_size = chunk_size
         self.whole = chunk_size | codec.NONE << CODEC_SHIFT
         self._remembers = False
         # 31 bits of the hash that was found right, for each chunk_size bytes of the file: of chunks that do not overlap
         # only one can begin there. Of the hash, not only that it was: should the number of a layer ever stand for
         # another one, it is not taken for checked. Mapped: what nobody touches takes no memory.
-        self._checked = memoryview(mmap.mmap(-1, 4 * (layer.data.length // chunk_size + 1))).cast("I")
+        self.marks = memoryview(mmap.mmap(-1, 4 * (layer.data.length // chunk_size + 1))).cast("I")
 
-    def is_checked(self, offset: int, xxh3: int) -> bool:
-        """Whether the chunk that is stored as it is at `offset` was found to have this hash.
+    def mark(self, offset: int, xxh3: int) -> tuple[int, int]:
+        """Return the place in `marks` of the chunk that is stored as it is at `offset`, and what is there once it was
+        found to have this hash. To be looked at after a part of it was read out of the kernel's memory, not before.
 
-        To be asked after a part of it was read out of the kernel's memory, not before.
+        Raises:
+            IndexError: the file was cut off before it.
         """
-        try:
-            return self._checked[offset // self.chunk_size] == xxh3 & 0xFFFFFFFF | 1
-        except IndexError:
-            return False  # the file was cut off before it
+        place = offset // self.chunk_size
+        _ = self.marks[place]
+        return place, xxh3 & 0xFFFFFFFF | 1
 
     def check(self, chunk: memoryview, offset: int, xxh3: int) -> None:
         """Compare a chunk that is stored as it is with its hash, and remember it. Raises Corrupt."""
@@ -73,13 +77,14 @@ class Payloads:
     def forget(self, offset: int) -> None:
         """Take a chunk for unchecked. Before it is read: what the reading brings into memory may be bad."""
         with contextlib.suppress(IndexError):  # the file was cut off before it
-            self._checked[offset // self.chunk_size] = 0
+            self.marks[offset // self.chunk_size] = 0
 
     def _remember(self, offset: int, xxh3: int) -> None:
         if not self._remembers:
             self.layer.data.read_nothing_ahead()  # else the kernel brings chunks into memory that nobody checks
             self._remembers = True
-        self._checked[offset // self.chunk_size] = xxh3 & 0xFFFFFFFF | 1
+        place, mark = self.mark(offset, xxh3)
+        self.marks[place] = mark
 
 
 def read_chunk(layer: Layer, offset: int, packed: int, xxh3: int, chunk_size: int) -> bytes:

@@ -16,10 +16,10 @@ from backupfs.errors import Corrupt
 from backupfs.extents import Extent, clip, coalesce
 from backupfs.image import Buffer, check_range
 from backupfs.repository import names
+from backupfs.repository.at_hand import ZEROES, AtHand, ChunkCache, Decoded, Room, Stored, Zero
 from backupfs.repository.cache import LruCache
 from backupfs.repository.chunkmap import PLACE, ChunkMap, RegionCache
 from backupfs.repository.format import (
-    MAX_CHUNK,
     REGION_CHUNKS,
     LayerId,
     format_digest,
@@ -34,10 +34,10 @@ from backupfs.units import MiB
 
 log = logging.getLogger(__name__)
 
-ZEROES = memoryview(bytes(MAX_CHUNK))
 _REGION_CACHE = 16 * MiB
 CHUNK_CACHE = 24 * MiB
 _OPEN_LAYERS = 4096
+_AT_HAND = 1 << 16  # chunks of all images: 4 GiB of disks
 _STEP = MiB  # that `readinto` gathers at a time
 _EXTENT_REGIONS = 32  # resolved at a time, where many are walked
 
@@ -70,7 +70,8 @@ class LayerStore:
         self.index = index
         self.chunk_size = chunk_size
         self.regions: RegionCache = LruCache(_REGION_CACHE)
-        self.chunks: LruCache[tuple[int, int, int, int], bytes] = LruCache(chunk_cache)
+        self.chunks: ChunkCache = LruCache(chunk_cache)
+        self.room = Room(_AT_HAND)
         self.scratch = Scratch()
         self._repository_id = repository_id
         # A quarter of the descriptors that the process may have; the mount raises its limit first.
@@ -121,6 +122,7 @@ class PointImage:
         self._entry = entry
         self._pin: Pin | None = pin
         self._chunk_size = store.chunk_size
+        self._at_hand: dict[int, AtHand] = {}  # of the one thread that calls `at_once`
         base = store.layer(chain, 0)
         self.map = ChunkMap(store.index, chain.no, entry.seq, base, store.regions)
 
@@ -142,27 +144,44 @@ class PointImage:
                 view[position : position + len(piece)] = piece
                 position += len(piece)
 
-    def at_once(self, offset: int, length: int) -> Buffer | bytes | None:
-        # The way of most reads: each call less is a percent.
-        chunk_no, within = divmod(offset, self._chunk_size)
-        if within + length > self._chunk_size or not 0 <= offset <= self.size - length:
-            return None
+    def at_once(self, offset: int, into: list[memoryview]) -> bool:
+        chunk_no = offset // self._chunk_size
+        chunk = self._at_hand.get(chunk_no) or self._find(chunk_no)
+        if chunk is None:
+            return False
+        done = chunk.read(offset, into)
+        if done is None and chunk_no in self._at_hand:
+            del self._at_hand[chunk_no]
+            self._store.room.give(1)
+        return bool(done)
+
+    def _find(self, chunk_no: int) -> AtHand | None:
+        """Return a chunk if its place is known, and keep it at hand."""
         region, i = divmod(chunk_no, REGION_CHUNKS)
-        store, chain_no = self._store, self._chain.no
+        store, chain_no, first = self._store, self._chain.no, chunk_no * self._chunk_size
         positions = store.regions.get((chain_no, self._entry.seq, region))
         if positions is None:
             return None
         at, xxh3, seq, packed = PLACE.unpack_from(positions, i * PLACE.size)
+        end = min(first + self._chunk_size, self.size)
+        found: AtHand
         if not packed:
-            return ZEROES[:length]
-        payloads = store.opened.get((chain_no, seq))
-        if payloads is None:
+            found = Zero(end)
+        elif (payloads := store.opened.get((chain_no, seq))) is None:
             return None
-        if packed == payloads.whole:
-            piece = payloads.layer.data.pread_at_once(at + within, length)
-            return piece if payloads.is_checked(at, xxh3) else None
-        chunk = store.chunks.get((chain_no, seq, at, xxh3))
-        return None if chunk is None else memoryview(chunk)[within : within + length]
+        elif packed == payloads.whole:
+            found = Stored(payloads, at, xxh3, first, end)
+        else:
+            found = Decoded(store.chunks, (chain_no, seq, at, xxh3), first)
+        if chunk_no in self._at_hand or store.room.take():
+            self._at_hand[chunk_no] = found
+        else:
+            self._put_away()
+        return found
+
+    def _put_away(self) -> None:
+        self._store.room.give(len(self._at_hand))
+        self._at_hand.clear()
 
     def gather(self, offset: int, length: int) -> Sequence[Buffer | bytes]:
         check_range(self, offset, length)
@@ -268,4 +287,5 @@ class PointImage:
             )
 
     def close(self) -> None:
+        self._put_away()
         self._pin = None

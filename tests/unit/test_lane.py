@@ -36,8 +36,8 @@ class ShortImage(BytesImage):
     def gather(self, offset: int, length: int) -> list[bytes]:
         return [self.data[offset : offset + length - 1]]
 
-    def at_once(self, offset: int, length: int) -> bytes:
-        return self.data[offset : offset + length - 1]
+    def at_once(self, offset: int, into: list[memoryview]) -> bool:
+        return False
 
 
 class Device:
