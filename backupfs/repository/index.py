@@ -10,7 +10,7 @@ Everything here follows from manifests and layer footers. Databases (keys big-en
     regions  chain_no, region -> number of records, sum of their checks mod 2^64
 
 LMDB has no page checksums. A record's check covers its key; `regions`, in a tree of its own, tells when a record is
-missing. So a damaged page gives `Corrupt`, not an older version of a chunk.
+missing. So a damaged page gives `Corrupt`, not an older version of a chunk; or LMDB crashes (crashmark.py).
 
 A chain may hold layers that are no ancestors of a later one: of points that were deleted, which a mount still has open.
 `lineage` says which layers a point sees. Numbers of chains are never used again: caches and open images go by them.
@@ -32,6 +32,7 @@ import xxhash
 
 from backupfs.errors import Corrupt, RepositoryError
 from backupfs.repository import codec
+from backupfs.repository.crashmark import CrashMark
 from backupfs.repository.format import (
     CODEC_SHIFT,
     RECORD,
@@ -97,10 +98,28 @@ class Index:
         self._file = os.path.join(folder, "data.mdb")
         try:
             os.makedirs(folder, mode=0o700, exist_ok=True)
+        except OSError as e:
+            raise RepositoryError(f"{folder}: the index can't be opened: {e.strerror}") from e
+        self._mark = CrashMark(folder)
+        try:
+            self._env = self._open(durable=durable)
+            try:
+                self._map_address = _address_of(self._file)
+                self._look_ups = 0
+                self._open_databases(repository_id)
+            except BaseException:
+                self._env.close()
+                raise
+        except BaseException:
+            self._mark.close()
+            raise
+
+    def _open(self, *, durable: bool) -> "lmdb.Environment":
+        try:
             if os.path.exists(self._file) and os.path.getsize(self._file) == 0:
                 raise Corrupt(self._file, 0, "the file is empty")
-            self._env = lmdb.open(
-                folder,
+            return lmdb.open(
+                self.folder,
                 map_size=_MAP_SIZE,
                 max_dbs=8,
                 max_readers=1024,
@@ -112,14 +131,7 @@ class Index:
         except lmdb.Error as e:
             raise self._corrupt(e) from e
         except OSError as e:
-            raise RepositoryError(f"{folder}: the index can't be opened: {e.strerror}") from e
-        self._map_address = _address_of(self._file)
-        self._look_ups = 0
-        try:
-            self._open_databases(repository_id)
-        except BaseException:
-            self._env.close()
-            raise
+            raise RepositoryError(f"{self.folder}: the index can't be opened: {e.strerror}") from e
 
     def _open_databases(self, repository_id: str) -> None:
         try:
@@ -149,6 +161,7 @@ class Index:
     def close(self) -> None:
         """Close the environment; no other thread may be inside."""
         self._env.close()
+        self._mark.close()
 
     def sync(self) -> None:
         """Put everything on the disk."""

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 
 from backupfs.errors import Corrupt, NotFound, RepositoryError, UsageError
 from backupfs.repository import catalog, codec, names
+from backupfs.repository.crashmark import fault_of
 from backupfs.repository.files import fsync_folder, write_new
 from backupfs.repository.format import DEFAULT_CHUNK, MAX_CHUNK, MIN_CHUNK, VERSION
 from backupfs.repository.index import Index, StaleIndex
@@ -220,6 +221,9 @@ class Repository:
 
     def _open_or_build(self, folder: str) -> Index:
         try:
+            fault = fault_of(folder)
+            if fault:
+                raise StaleIndex(f"a process that had it open died ({fault})")
             index = Index(folder, self.settings.id)
             try:
                 self._catch_up(index)
