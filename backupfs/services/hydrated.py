@@ -106,10 +106,7 @@ def open_verified(repository: Repository, vm: str, entry: DiskEntry) -> int | No
     repository_id = repository.settings.id
     try:
         record = _read(_record_path(repository_id, entry.layer_id))
-        path = image_path(repository, vm, entry) if record.in_place else raw_path(repository_id, entry.layer_id)
-        if path is None:
-            return None
-        fd = _open(path)
+        fd = _open_file(repository, record, image_path(repository, vm, entry))
     except (OSError, BackupfsError):
         return None
     if (not record.in_place or _share(fd)) and record.is_of(entry) and record.fits(fd):
@@ -128,11 +125,19 @@ def _share(fd: int) -> bool:
     return True
 
 
-def _open(path: str) -> int:
-    """Open a regular file of ours. Raises OSError."""
+def _open_file(repository: Repository, record: Hydrated, image: str | None) -> int:
+    """Open the file that a record is of; `image`: of a plain layer. Raises OSError."""
+    if record.in_place:
+        # Who owns the repository can make any point of his own; so he may own the image.
+        return _open(image or "", os.stat(repository.path).st_uid)
+    return _open(raw_path(repository.settings.id, record.layer_id))
+
+
+def _open(path: str, owner: int = -1) -> int:
+    """Open a regular file of ours, or of another owner's. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     found = os.fstat(fd)
-    if found.st_uid == os.geteuid() and stat.S_ISREG(found.st_mode) and not found.st_mode & 0o022:
+    if found.st_uid in (os.geteuid(), owner) and stat.S_ISREG(found.st_mode) and not found.st_mode & 0o022:
         return fd
     os.close(fd)
     raise PermissionError(path)
@@ -187,9 +192,8 @@ def _is_current(repository: Repository, record: Hydrated) -> bool:
         return False
     except Corrupt:
         pass  # nobody knows
-    path = path_of(repository, record)
     try:
-        with open(_open(path or ""), "rb") as file:
+        with open(_open_file(repository, record, path_of(repository, record)), "rb") as file:
             return record.fits(file.fileno())
     except OSError:
         return False

@@ -322,6 +322,17 @@ def test_a_raw_image_of_the_repository(place: Place) -> None:
 
 
 @pytest.mark.parametrize("place", ["none"], indirect=True)
+def test_a_repository_of_another_user(place: Place) -> None:
+    for path in (place.repository, *place.repository.rglob("*")):
+        os.chown(path, 65534, 65534)
+    image = place.hydrate(place.first)
+    place.mount()
+    place.expect_passthrough(place.first)
+    os.chown(image, 65533, 65533)
+    wait_until(lambda: not place.is_passed_through(place.first))
+
+
+@pytest.mark.parametrize("place", ["none"], indirect=True)
 def test_a_raw_image_that_was_changed(place: Place) -> None:
     image = place.hydrate(place.first)
     overwrite(image)
