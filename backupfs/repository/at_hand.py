@@ -6,7 +6,6 @@ of the kernel's memory and counts only if it was checked, as asked afterwards (p
 """
 
 import os
-import threading
 import weakref
 from typing import Protocol
 
@@ -92,24 +91,3 @@ class Zero:
             return False
         into[0][:] = ZEROES[: len(into[0])]
         return True
-
-
-class Room:
-    """How many chunks all images together may still keep at hand; each takes some 300 bytes. From any thread."""
-
-    def __init__(self, chunks: int) -> None:
-        self._left = chunks
-        self._lock = threading.Lock()
-
-    def take(self) -> bool:
-        """Take the room of one; return whether there was any."""
-        with self._lock:
-            if not self._left:
-                return False
-            self._left -= 1
-            return True
-
-    def give(self, chunks: int) -> None:
-        """Give room back."""
-        with self._lock:
-            self._left += chunks

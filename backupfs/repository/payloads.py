@@ -9,6 +9,7 @@ it.
 
 import contextlib
 import mmap
+import os
 import threading
 
 import xxhash
@@ -22,13 +23,17 @@ from backupfs.repository.layer import Layer
 class Payloads:
     """What a layer stores.
 
+    Args:
+        other: what was opened for the layer before and may still be in use. If it is the same file both have the same
+            `marks`: what one of them reads from the disk, the other one finds in the kernel's memory.
+
     Attributes:
         fd: of the file with the payloads.
         whole: the `packed` of a chunk that is stored as it is.
         marks: which chunks were found right; see `mark`.
     """
 
-    def __init__(self, layer: Layer, chunk_size: int) -> None:
+    def __init__(self, layer: Layer, chunk_size: int, other: "Payloads | None" = None) -> None:
         self.layer = layer
         self.fd = layer.data.fd
         self.chunk_size = chunk_size
@@ -37,7 +42,12 @@ class Payloads:
         # 31 bits of the hash that was found right, for each chunk_size bytes of the file: of chunks that do not overlap
         # only one can begin there. Of the hash, not only that it was: should the number of a layer ever stand for
         # another one, it is not taken for checked. Mapped: what nobody touches takes no memory.
-        self.marks = memoryview(mmap.mmap(-1, 4 * (layer.data.length // chunk_size + 1))).cast("I")
+        self.marks: memoryview
+        if other is not None and os.path.samestat(os.fstat(self.fd), os.fstat(other.fd)):
+            self.marks = other.marks
+            self._read_nothing_ahead()
+        else:
+            self.marks = memoryview(mmap.mmap(-1, 4 * (layer.data.length // chunk_size + 1))).cast("I")
 
     def mark(self, offset: int, xxh3: int) -> tuple[int, int]:
         """Return the place in `marks` of the chunk that is stored as it is at `offset`, and what is there once it was
@@ -81,10 +91,13 @@ class Payloads:
 
     def _remember(self, offset: int, xxh3: int) -> None:
         if not self._remembers:
-            self.layer.data.read_nothing_ahead()  # else the kernel brings chunks into memory that nobody checks
-            self._remembers = True
+            self._read_nothing_ahead()
         place, mark = self.mark(offset, xxh3)
         self.marks[place] = mark
+
+    def _read_nothing_ahead(self) -> None:
+        self.layer.data.read_nothing_ahead()  # else the kernel brings chunks into memory that nobody checks
+        self._remembers = True
 
 
 def read_chunk(layer: Layer, offset: int, packed: int, xxh3: int, chunk_size: int) -> bytes:

@@ -5,8 +5,11 @@ the chunk is compressed and not in the cache, or read for the first time, of all
 (payloads.py). No step depends on the length of the chain.
 """
 
+import itertools
 import logging
 import os
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +19,7 @@ from backupfs.errors import Corrupt
 from backupfs.extents import Extent, clip, coalesce
 from backupfs.image import Buffer, check_range
 from backupfs.repository import names
-from backupfs.repository.at_hand import ZEROES, AtHand, ChunkCache, Decoded, Room, Stored, Zero
+from backupfs.repository.at_hand import ZEROES, AtHand, ChunkCache, Decoded, Stored, Zero
 from backupfs.repository.cache import LruCache
 from backupfs.repository.chunkmap import PLACE, ChunkMap, RegionCache
 from backupfs.repository.format import (
@@ -37,7 +40,8 @@ log = logging.getLogger(__name__)
 _REGION_CACHE = 16 * MiB
 CHUNK_CACHE = 24 * MiB
 _OPEN_LAYERS = 4096
-_AT_HAND = 1 << 16  # chunks of all images: 4 GiB of disks
+_MOST_AT_HAND = 1 << 16  # chunks of all images, some 300 bytes each: 4 GiB of disks
+_IMAGE_SHIFT = 52  # an image has fewer chunks than that many bits count
 _STEP = MiB  # that `readinto` gathers at a time
 _EXTENT_REGIONS = 32  # resolved at a time, where many are walked
 
@@ -71,11 +75,15 @@ class LayerStore:
         self.chunk_size = chunk_size
         self.regions: RegionCache = LruCache(_REGION_CACHE)
         self.chunks: ChunkCache = LruCache(chunk_cache)
-        self.room = Room(_AT_HAND)
+        # (the image's number << _IMAGE_SHIFT) + the chunk's. Of the one thread that calls `at_once` of all images.
+        self.at_hand: dict[int, AtHand] = {}
+        self.image_numbers = itertools.count()
         self.scratch = Scratch()
         self._repository_id = repository_id
         # A quarter of the descriptors that the process may have; the mount raises its limit first.
         self.opened: LruCache[tuple[int, int], Payloads] = LruCache(min(_OPEN_LAYERS, os.sysconf("SC_OPEN_MAX") // 4))
+        self._registering = threading.Lock()
+        self._registered: weakref.WeakValueDictionary[tuple[int, int], Payloads] = weakref.WeakValueDictionary()
 
     def payloads(self, chain: Chain, seq: int) -> Payloads:
         """Return what an open layer stores; it is the layer in the index.
@@ -89,8 +97,16 @@ class LayerStore:
             path = layer_path(chain.root, chain.vm, chain.disk, chain.name, seq)
             layer = Layer(path)
             check_address(layer, self._repository_id, chain, seq, self.index.layer_id(chain.no, seq))
-            held = Payloads(layer, self.chunk_size)
-            self.opened.put((chain.no, seq), held, 1)
+            held = self._register((chain.no, seq), layer)
+        return held
+
+    def _register(self, key: tuple[int, int], layer: Layer) -> Payloads:
+        with self._registering:
+            held = self.opened.get(key)
+            if held is None:  # no other thread was faster
+                # A thread may still read through one that was dropped: what it brings into memory concerns both.
+                held = self._registered[key] = Payloads(layer, self.chunk_size, self._registered.get(key))
+                self.opened.put(key, held, 1)
         return held
 
     def layer(self, chain: Chain, seq: int) -> Layer:
@@ -100,6 +116,7 @@ class LayerStore:
     def close(self) -> None:
         """Drop everything; layers that a thread still reads from close after it."""
         self.opened.clear()
+        self.at_hand.clear()
         self.regions.clear()
         self.chunks.clear()
 
@@ -122,7 +139,8 @@ class PointImage:
         self._entry = entry
         self._pin: Pin | None = pin
         self._chunk_size = store.chunk_size
-        self._at_hand: dict[int, AtHand] = {}  # of the one thread that calls `at_once`
+        self._at_hand = store.at_hand
+        self._first_key = next(store.image_numbers) << _IMAGE_SHIFT
         base = store.layer(chain, 0)
         self.map = ChunkMap(store.index, chain.no, entry.seq, base, store.regions)
 
@@ -146,14 +164,14 @@ class PointImage:
 
     def at_once(self, offset: int, into: list[memoryview]) -> bool:
         chunk_no = offset // self._chunk_size
-        chunk = self._at_hand.get(chunk_no) or self._find(chunk_no)
+        chunk = self._at_hand.get(self._first_key + chunk_no) or self._find(chunk_no)
         if chunk is None:
             return False
         done = chunk.read(offset, into)
-        if done is None and chunk_no in self._at_hand:
-            del self._at_hand[chunk_no]
-            self._store.room.give(1)
-        return bool(done)
+        if done is None:
+            self._at_hand.pop(self._first_key + chunk_no, None)
+            return False
+        return done
 
     def _find(self, chunk_no: int) -> AtHand | None:
         """Return a chunk if its place is known, and keep it at hand."""
@@ -173,15 +191,10 @@ class PointImage:
             found = Stored(payloads, at, xxh3, first, end)
         else:
             found = Decoded(store.chunks, (chain_no, seq, at, xxh3), first)
-        if chunk_no in self._at_hand or store.room.take():
-            self._at_hand[chunk_no] = found
-        else:
-            self._put_away()
+        if len(self._at_hand) >= _MOST_AT_HAND:
+            self._at_hand.clear()
+        self._at_hand[self._first_key + chunk_no] = found
         return found
-
-    def _put_away(self) -> None:
-        self._store.room.give(len(self._at_hand))
-        self._at_hand.clear()
 
     def gather(self, offset: int, length: int) -> Sequence[Buffer | bytes]:
         check_range(self, offset, length)
@@ -287,5 +300,4 @@ class PointImage:
             )
 
     def close(self) -> None:
-        self._put_away()
         self._pin = None
