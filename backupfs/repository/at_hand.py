@@ -52,11 +52,14 @@ class Stored:
         length = len(into[0])
         if offset + length > self._end:
             return False
+        marks = payloads.marks
+        forgotten = marks[-1]
         try:
             got = _preadv(payloads.fd, into, offset + self._shift, _NOWAIT)
         except OSError:  # EAGAIN; EOPNOTSUPP of file systems that can't tell
             return False
-        return got == length and payloads.marks[self._place] == self._mark
+        # If any chunk was read anew meanwhile, it may have been this one: bad when we got it, and found right since.
+        return got == length and marks[self._place] == self._mark and marks[-1] == forgotten
 
 
 class Decoded:

@@ -30,7 +30,7 @@ class Payloads:
     Attributes:
         fd: of the file with the payloads.
         whole: the `packed` of a chunk that is stored as it is.
-        marks: which chunks were found right; see `mark`.
+        marks: which chunks were found right; see `mark`. The last one changes whenever another goes.
     """
 
     def __init__(self, layer: Layer, chunk_size: int, other: "Payloads | None" = None) -> None:
@@ -47,7 +47,7 @@ class Payloads:
             self.marks = other.marks
             self._read_nothing_ahead()
         else:
-            self.marks = memoryview(mmap.mmap(-1, 4 * (layer.data.length // chunk_size + 1))).cast("I")
+            self.marks = memoryview(mmap.mmap(-1, 4 * (layer.data.length // chunk_size + 2))).cast("I")
 
     def mark(self, offset: int, xxh3: int) -> tuple[int, int]:
         """Return the place in `marks` of the chunk that is stored as it is at `offset`, and what is there once it was
@@ -88,6 +88,7 @@ class Payloads:
         """Take a chunk for unchecked. Before it is read: what the reading brings into memory may be bad."""
         with contextlib.suppress(IndexError):  # the file was cut off before it
             self.marks[offset // self.chunk_size] = 0
+        self.marks[-1] = self.marks[-1] + 1 & 0xFFFFFFFF
 
     def _remember(self, offset: int, xxh3: int) -> None:
         if not self._remembers:
