@@ -15,6 +15,7 @@ from backupfs.errors import Corrupt, UnsupportedFormat
 from backupfs.units import KiB, MiB
 
 VERSION = 1
+REWRITTEN = 2  # of a layer that gc wrote again: other programs must not take the index's old offsets for its own
 
 LAYER_MODE = 0o400  # of a file that is complete: nobody writes to it any more
 HEADER_SIZE = 4 * KiB
@@ -66,6 +67,7 @@ assert RECORD.itemsize == 48
 
 _HEADER = struct.Struct("<8sIIQII16s16s16s")
 _NAME = struct.Struct("<H")
+_EDITION = struct.Struct("<Q")  # before the header's check
 _CHECK = struct.Struct("<Q")
 _TRAILER = struct.Struct("<8sQQQQQ16sQ")
 HEADER_MAGIC = b"BFSLAYER"
@@ -117,7 +119,11 @@ def checks(rows: Rows, seed: int | Words) -> Words:
 
 @dataclass(frozen=True, slots=True)
 class LayerHeader:
-    """What a layer says of itself in its first 4 KiB."""
+    """What a layer says of itself in its first 4 KiB.
+
+    Attributes:
+        edition: 0 as it was published; else a random number that gc gave it when it wrote it again.
+    """
 
     repository_id: bytes
     layer_id: LayerId
@@ -129,6 +135,7 @@ class LayerHeader:
     vm: str
     disk: str
     chain: str
+    edition: int = 0
 
     @property
     def is_base(self) -> bool:
@@ -139,7 +146,7 @@ class LayerHeader:
         """Return the header's 4,096 bytes."""
         fixed = _HEADER.pack(
             HEADER_MAGIC,
-            VERSION,
+            REWRITTEN if self.edition else VERSION,
             self.chunk_size,
             self.virtual_size,
             self.seq,
@@ -149,7 +156,7 @@ class LayerHeader:
             self.parent_id,
         )
         names = b"".join(_NAME.pack(len(n)) + n for n in (s.encode() for s in (self.vm, self.disk, self.chain)))
-        body = (fixed + names).ljust(HEADER_SIZE - _CHECK.size, b"\0")
+        body = (fixed + names).ljust(HEADER_SIZE - _CHECK.size - _EDITION.size, b"\0") + _EDITION.pack(self.edition)
         return body + _CHECK.pack(xxhash.xxh3_64_intdigest(body))
 
     @property
@@ -177,8 +184,11 @@ def decode_header(data: bytes, path: str) -> LayerHeader:
     _, version, chunk_size, virtual_size, seq, parent_seq, repository_id, layer_id, parent_id = _HEADER.unpack_from(
         data
     )
-    if version != VERSION:
-        raise UnsupportedFormat(f"{path}: layer of format version {version}; this backupfs knows version {VERSION}")
+    if version not in (VERSION, REWRITTEN):
+        raise UnsupportedFormat(f"{path}: layer of format version {version}; this backupfs knows up to {REWRITTEN}")
+    (edition,) = _EDITION.unpack_from(data, HEADER_SIZE - _CHECK.size - _EDITION.size)
+    if (edition != 0) != (version == REWRITTEN):
+        raise Corrupt(path, HEADER_SIZE - _CHECK.size - _EDITION.size, "the layer's edition can't be")
     names, position = [], _HEADER.size
     try:
         for _ in range(3):
@@ -188,8 +198,19 @@ def decode_header(data: bytes, path: str) -> LayerHeader:
             position += length
     except (struct.error, UnicodeDecodeError) as e:
         raise Corrupt(path, position, f"the header's names can't be: {e}") from e
+    vm, disk, chain = names
     return LayerHeader(
-        repository_id, LayerId(layer_id), LayerId(parent_id), parent_seq, seq, chunk_size, virtual_size, *names
+        repository_id,
+        LayerId(layer_id),
+        LayerId(parent_id),
+        parent_seq,
+        seq,
+        chunk_size,
+        virtual_size,
+        vm,
+        disk,
+        chain,
+        edition,
     )
 
 

@@ -90,6 +90,13 @@ class Layer:
         if self._fd >= 0:
             os.close(self._fd)
 
+    def is_current(self) -> bool:
+        """Whether this file still has its name: gc may have put the layer, written again, in its place."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._fd))
+        except OSError:
+            return False
+
     def pread(self, offset: int, length: int) -> bytes:
         """Return `length` bytes of the file from `offset` on.
 
@@ -129,6 +136,11 @@ class Layer:
         """Let the kernel read what is asked for and no more. Source: posix_fadvise(2)."""
         with contextlib.suppress(OSError):
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def forget_cached(self) -> None:
+        """Let what is read next come from the disk. Source: posix_fadvise(2)."""
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def clone(self, offset: int, length: int, target: int, target_offset: int) -> None:
         """Have another file share the blocks of a range; all of it in multiples of the file system's block size.
@@ -213,6 +225,7 @@ class LayerWriter:
         self._seed = header_seed(self._encoded)
         self._lock = threading.Lock()
         self._end = self._begun = HEADER_SIZE  # where the next payload goes; up to where writing was begun
+        self._gap = (0, 0)  # a place before that where payloads may still go: begin and end
         self._stored = 0
         self._data_chunks = 0
         self._batches: list[tuple[int, int, int]] = []  # first chunk, first row in the spool, rows
@@ -232,16 +245,17 @@ class LayerWriter:
     def append(self, rows: Rows, payloads: Sequence[bytes | memoryview]) -> None:
         """Write the payloads and keep their rows, whose `offset` is counted from the first payload.
 
-        The rows are in order of `chunk_no`. The first payload lands on a multiple of 4 KiB.
+        The rows are in order of `chunk_no`. The first payload lands on a multiple of 4 KiB if any of them is stored as
+        it is; these come first.
 
         Raises:
             RepositoryError: no space, or the disk failed. The layer is then useless.
         """
         length = sum(len(p) for p in payloads)
         data = rows["codec"] != codec.ZERO
+        aligned = bool(np.any(rows["codec"] == codec.NONE))
         with self._lock:
-            start = self._end
-            self._end = round_up(start + length, ALIGNMENT)
+            start = self._reserve(length, aligned=aligned)
             spooled = self._spooled
             self._spooled += len(rows)
             self._stored += length
@@ -262,6 +276,18 @@ class LayerWriter:
         except OSError as e:
             raise _write_error(self.path, e) from e
 
+    def _reserve(self, length: int, *, aligned: bool) -> int:
+        """Return where payloads go. What an alignment leaves free is filled with compressed ones that fit into it."""
+        gap, end = self._gap
+        if not aligned and length <= end - gap:
+            self._gap = gap + length, end
+            return gap
+        start = round_up(self._end, ALIGNMENT) if aligned else self._end
+        if start - self._end > end - gap:
+            self._gap = self._end, start
+        self._end = start + length
+        return start
+
     def finish(self) -> LayerFacts:
         """Write the table and the trailer, and put all of it on the disk. Once, after every append has returned.
 
@@ -276,7 +302,7 @@ class LayerWriter:
 
     def _finish(self) -> LayerFacts:
         digest = blake3.blake3(self._encoded)
-        table_offset = position = self._end
+        table_offset = position = round_up(self._end, ALIGNMENT)
         fences: list[Words] = []
         written, last = 0, -1
         for rows in self._sorted_rows():

@@ -30,9 +30,10 @@ class Payloads:
         self.chunk_size = chunk_size
         self.whole = chunk_size | codec.NONE << CODEC_SHIFT
         self._remembers = False
-        # 31 bits of the hash that was found right, for each chunk_size bytes of the file: of chunks that do not overlap
-        # only one can begin there. Of the hash, not only that it was: should the number of a layer ever stand for
-        # another one, it is not taken for checked. Mapped: what nobody touches takes no memory.
+        # 31 bits of the hash that was found right and of the offset, for each chunk_size bytes of the file: of chunks
+        # that do not overlap only one can begin there. Not only that it was: gc may have written the layer again,
+        # and who asks have another chunk in mind, or this one some blocks away. Mapped: what nobody touches takes no
+        # memory.
         self._checked = memoryview(mmap.mmap(-1, 4 * (layer.length // chunk_size + 1))).cast("I")
 
     def is_checked(self, offset: int, xxh3: int) -> bool:
@@ -41,7 +42,7 @@ class Payloads:
         To be asked after a part of it was read out of the kernel's memory, not before.
         """
         try:
-            return self._checked[offset // self.chunk_size] == xxh3 & 0xFFFFFFFF | 1
+            return self._checked[offset // self.chunk_size] == (xxh3 + (offset >> 11)) & 0xFFFFFFFF | 1
         except IndexError:
             return False  # the file was cut off before it
 
@@ -69,6 +70,18 @@ class Payloads:
             self._remember(offset, xxh3)
         return chunk
 
+    def place(self, chunk_no: int, xxh3: int) -> tuple[int, int] | None:
+        """Return where this file's own table has a chunk, offset and `packed`, if that is one with this hash.
+
+        Raises:
+            Corrupt: the table is damaged there.
+        """
+        for rows in self.layer.rows(chunk_no, chunk_no + 1):
+            for row in rows:
+                if row["codec"] != codec.ZERO and row["xxh3"] == xxh3:
+                    return int(row["offset"]), int(row["length"]) | int(row["codec"]) << CODEC_SHIFT
+        return None
+
     def forget(self, offset: int) -> None:
         """Take a chunk for unchecked. Before it is read: what the reading brings into memory may be bad."""
         with contextlib.suppress(IndexError):  # the file was cut off before it
@@ -78,7 +91,7 @@ class Payloads:
         if not self._remembers:
             self.layer.read_nothing_ahead()  # else the kernel brings chunks into memory that nobody checks
             self._remembers = True
-        self._checked[offset // self.chunk_size] = xxh3 & 0xFFFFFFFF | 1
+        self._checked[offset // self.chunk_size] = (xxh3 + (offset >> 11)) & 0xFFFFFFFF | 1
 
 
 def read_chunk(layer: Layer, offset: int, packed: int, xxh3: int, chunk_size: int) -> bytes:
