@@ -132,7 +132,7 @@ def _read_back(path: str, chunk_size: int) -> str | None:
             _say(said, rows)
             data = rows[rows["codec"] != codec.ZERO]
             data = data[np.argsort(data["offset"], kind="stable")]
-            if damaged_chunks(layer, data, chunk_size, memory):
+            if len(data) and damaged_chunks(layer, data, chunk_size, memory):
                 return None
     except Corrupt:
         return None
