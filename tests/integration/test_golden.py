@@ -1,21 +1,32 @@
-"""A repository that version 1 of the format wrote has to open, and show the same bytes, for ever."""
+"""A repository that version 1 of the format wrote has to open, and show the same bytes, for ever; and one in which gc
+wrote layers again, which have version 2.
+"""
 
 import hashlib
 import json
 import shutil
 from pathlib import Path
 
+import pytest
 from repositories import add_point, read_point
 
 from backupfs.repository.repository import Repository
 
+
+def decode_version(layer: Path) -> int:
+    return int.from_bytes(layer.read_bytes()[8:12], "little")
+
+
 DATA = Path(__file__).parent.parent / "data"
 
 
-def test_the_repository_of_version_1_opens_and_grows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["repository-v1", "repository-v1-rewritten"])
+def test_the_repository_of_version_1_opens_and_grows(tmp_path: Path, name: str) -> None:
     path = tmp_path / "repo"
-    shutil.copytree(DATA / "repository-v1", path)
-    expected = json.loads((DATA / "repository-v1.json").read_text())
+    shutil.copytree(DATA / name, path)
+    expected = json.loads((DATA / f"{name}.json").read_text())
+    versions = {decode_version(layer) for layer in path.rglob("*.layer")}
+    assert versions == ({1, 2} if "rewritten" in name else {1})
     with Repository.open(str(path)) as repository:
         found = {}
         for vm in repository.vms():
