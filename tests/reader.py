@@ -44,7 +44,7 @@ class Reader:
         return str(self.ask("digest", point))
 
     def places(self, point: str) -> list[tuple[str, int, int, int]]:
-        """Return what an open image sees: chain, seq, offset in the layer, bytes."""
+        """Return what an open image sees: chain, seq, chunk, bytes."""
         return [tuple(place) for place in self.ask("places", point)]
 
     def close_image(self, point: str) -> None:
@@ -63,7 +63,7 @@ class Reader:
 
 
 def places_of(image: Any, chain: str) -> list[tuple[str, int, int, int]]:
-    """Return what an image sees: chain, seq, offset in the layer, bytes."""
+    """Return what an image sees: chain, seq, chunk, bytes. Not where: that changes when gc writes a layer again."""
     import numpy as np
 
     from backupfs.repository.chunkmap import POSITION
@@ -71,9 +71,9 @@ def places_of(image: Any, chain: str) -> list[tuple[str, int, int, int]]:
 
     found = []
     for region in image.map.occupied(0, -(-image.size // (256 * 4096))):
-        for position in np.frombuffer(image.map.region(region), POSITION):
+        for i, position in enumerate(np.frombuffer(image.map.region(region), POSITION)):
             if position["packed"]:
-                place = int(position["seq"]), int(position["offset"]), int(position["packed"]) & LENGTH_MASK
+                place = int(position["seq"]), region * 256 + i, int(position["packed"]) & LENGTH_MASK
                 found.append((chain, *place))
     return found
 

@@ -101,6 +101,9 @@ def gc(dry_run: bool, no_wait: bool, as_json: bool) -> None:
     freed = f"{format_size(report.freed)} of {format_size(report.before)}"
     click.echo(f"{freed} {'would be freed' if dry_run else 'freed'}; {report.layers} layers without a point")
     click.echo(f"{format_size(report.visible)} of data are seen by the points that stay")
+    if report.rewritten:
+        again = f"{format_size(report.written)} in {report.rewritten} layers"
+        click.echo(f"{again} {'would have to be' if dry_run else 'were'} written again for that")
     for name in report.open:
         click.echo(f"kept because somebody reads it: deleted point of {name}")
     if report.stuck:

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import xxhash
 
+from backupfs.errors import Corrupt
 from backupfs.repository import codec
 from backupfs.repository.chunkmap import POSITION
 from backupfs.repository.format import CODEC_SHIFT, LENGTH_MASK, REGION_CHUNKS, Rows
@@ -39,9 +40,12 @@ def read_chunks(image: PointImage, offset: int, buffer: memoryview) -> None:
     ends = found["offset"] + (found["packed"] & LENGTH_MASK)
     apart = (found["seq"][1:] != found["seq"][:-1]) | (found["offset"][1:] > ends[:-1] + _GAP)
     borders = [0, *(np.flatnonzero(apart) + 1).tolist(), len(found)]
-    for a, b in pairwise(borders):
-        if a < b:
-            _read_span(image.layer(int(found["seq"][a])), found[a:b], places[a:b].tolist(), unit, buffer)
+    try:
+        for a, b in pairwise(borders):
+            if a < b:
+                _read_span(image.layer(int(found["seq"][a])), found[a:b], places[a:b].tolist(), unit, buffer)
+    except Corrupt:
+        image.readinto(offset, buffer)  # finds what gc has moved meanwhile; or says what is wrong
 
 
 def _read_span(layer: Layer, found: Rows, places: list[int], unit: int, buffer: memoryview) -> None:

@@ -41,6 +41,12 @@ class LruCache(Generic[K, V]):
                 _, (_, freed) = self._values.popitem(last=False)
                 self._used -= freed
 
+    def drop(self, key: K) -> None:
+        """Drop what was put under `key`, if anything was."""
+        with self._lock:
+            _, cost = self._values.pop(key, (None, 0))
+            self._used -= cost
+
     def clear(self) -> None:
         """Drop everything."""
         with self._lock:

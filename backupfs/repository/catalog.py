@@ -113,6 +113,7 @@ def _missing(index: Index, chain: Chain, repository_id: bytes, entry: DiskEntry)
             seq,
             None if base else header.parent_seq,
             layer_id,
+            header.edition,
             [] if base else layer.rows(),
         )
         if base:

@@ -80,6 +80,11 @@ class DataFile:
         with contextlib.suppress(OSError):
             os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
 
+    def forget_cached(self) -> None:
+        """Let what is read next come from the disk. Source: posix_fadvise(2)."""
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def clone(self, offset: int, length: int, target: int, target_offset: int) -> None:
         """Have another file share the blocks of a range; all of it in multiples of the file system's block size.
 

@@ -15,7 +15,8 @@ from backupfs.errors import Corrupt, UnsupportedFormat
 from backupfs.units import KiB, MiB
 
 VERSION = 1
-PLAIN_VERSION = 2  # of a plain layer's header
+PLAIN_VERSION = 3  # of a plain layer's header
+REWRITTEN = 2  # of a layer that gc wrote again: other programs must not take the index's old offsets for its own
 
 LAYER_MODE = 0o400  # of a file that is complete: nobody writes to it any more
 HEADER_SIZE = 4 * KiB
@@ -67,6 +68,7 @@ assert RECORD.itemsize == 48
 
 _HEADER = struct.Struct("<8sIIQII16s16s16s")
 _NAME = struct.Struct("<H")
+_EDITION = struct.Struct("<Q")  # before the header's check
 _CHECK = struct.Struct("<Q")
 _TRAILER = struct.Struct("<8sQQQQQ16sQ")
 HEADER_MAGIC = b"BFSLAYER"
@@ -122,6 +124,7 @@ class LayerHeader:
 
     Attributes:
         plain: a base whose payloads are not in the layer's file, but make up a raw image of the disk beside it.
+        edition: 0 as it was published; else a random number that gc gave it when it wrote it again.
     """
 
     repository_id: bytes
@@ -135,6 +138,7 @@ class LayerHeader:
     disk: str
     chain: str
     plain: bool = False
+    edition: int = 0
 
     @property
     def is_base(self) -> bool:
@@ -145,7 +149,7 @@ class LayerHeader:
         """Return the header's 4,096 bytes."""
         fixed = _HEADER.pack(
             HEADER_MAGIC,
-            PLAIN_VERSION if self.plain else VERSION,
+            REWRITTEN if self.edition else PLAIN_VERSION if self.plain else VERSION,
             self.chunk_size,
             self.virtual_size,
             self.seq,
@@ -155,7 +159,7 @@ class LayerHeader:
             self.parent_id,
         )
         names = b"".join(_NAME.pack(len(n)) + n for n in (s.encode() for s in (self.vm, self.disk, self.chain)))
-        body = (fixed + names).ljust(HEADER_SIZE - _CHECK.size, b"\0")
+        body = (fixed + names).ljust(HEADER_SIZE - _CHECK.size - _EDITION.size, b"\0") + _EDITION.pack(self.edition)
         return body + _CHECK.pack(xxhash.xxh3_64_intdigest(body))
 
     @property
@@ -183,12 +187,14 @@ def decode_header(data: bytes, path: str) -> LayerHeader:
     _, version, chunk_size, virtual_size, seq, parent_seq, repository_id, layer_id, parent_id = _HEADER.unpack_from(
         data
     )
-    if version not in (VERSION, PLAIN_VERSION):
-        known = f"versions {VERSION} and {PLAIN_VERSION}"
-        raise UnsupportedFormat(f"{path}: layer of format version {version}; this backupfs knows {known}")
+    if version not in (VERSION, PLAIN_VERSION, REWRITTEN):
+        raise UnsupportedFormat(f"{path}: layer of format version {version}; this backupfs knows up to {PLAIN_VERSION}")
     plain = version == PLAIN_VERSION
     if plain and parent_id != NO_LAYER:
         raise Corrupt(path, 0, "a plain layer with a parent can't be")
+    (edition,) = _EDITION.unpack_from(data, HEADER_SIZE - _CHECK.size - _EDITION.size)
+    if (edition != 0) != (version == REWRITTEN):
+        raise Corrupt(path, HEADER_SIZE - _CHECK.size - _EDITION.size, "the layer's edition can't be")
     names, position = [], _HEADER.size
     try:
         for _ in range(3):
@@ -211,6 +217,7 @@ def decode_header(data: bytes, path: str) -> LayerHeader:
         disk=disk,
         chain=chain,
         plain=plain,
+        edition=edition,
     )
 
 

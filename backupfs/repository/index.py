@@ -5,7 +5,7 @@ Everything here follows from manifests and layer footers. Databases (keys big-en
     meta     b"repository" -> id of the repository; b"version" -> layout version
     points   VM \\0 POINT -> seal of the manifest when it was indexed
     chains   VM \\0 DISK \\0 CHAIN -> chain_no, u32
-    layers   chain_no, seq -> layer id, seq of the parent (its own in a base), check; of the bases too
+    layers   chain_no, seq -> layer id, seq of the parent (its own in a base), edition, check; of the bases too
     chunks   chain_no, region -> records of the deltas (format.RECORD), sorted by chunk and seq
     regions  chain_no, region -> number of records, sum of their checks mod 2^64
 
@@ -43,19 +43,21 @@ from backupfs.repository.format import (
     checks,
     mix64,
 )
+from backupfs.repository.layer import Layer
 
-LAYOUT = b"3"
+LAYOUT = b"4"
 _MAP_SIZE = 1 << 40  # address space, not memory; the file grows as it fills
 _U32 = struct.Struct(">I")
 _PAIR = struct.Struct(">II")
 _SUMMARY = struct.Struct("<QQ")
-_LAYER = struct.Struct(">16sIQ")
+_LAYER = struct.Struct(">16sIQQ")
 _MASK64 = (1 << 64) - 1
 _KEYED_RECORD = np.dtype([("chain", ">u4"), ("region", ">u4"), ("record", RECORD)])
 _LOOK_UPS = 128  # of regions, before the pages that they touched are unmapped
 _MADV_DONTNEED = 4  # Source: <sys/mman.h>
 _libc = ctypes.CDLL(None)
 _BATCH = 16 * 1024  # rows that are indexed, or looked at when layers go, at a time
+_REGIONS = 256  # whose records are replaced at a time
 
 
 class StaleIndex(Exception):
@@ -64,7 +66,7 @@ class StaleIndex(Exception):
 
 @dataclass(frozen=True, slots=True)
 class IndexedLayer:
-    """A layer to be indexed: its address, and its rows (an iterator; empty for a base)."""
+    """A layer to be indexed: its address, its edition, and its rows (an iterator; empty for a base)."""
 
     vm: str
     disk: str
@@ -72,6 +74,7 @@ class IndexedLayer:
     seq: int
     parent_seq: int | None  # None for a base
     layer_id: LayerId
+    edition: int
     rows: Iterable[Rows]
 
 
@@ -204,6 +207,16 @@ class Index:
             with self._env.begin(db=self._layers) as txn:
                 value = txn.get(key)
             return None if value is None else _decode_layer(key, value)[0]
+        except (lmdb.Error, struct.error, ValueError) as e:
+            raise self._corrupt(e) from e
+
+    def edition(self, chain_no: int, seq: int) -> int | None:
+        """Return the edition of the layer whose rows are indexed under this address, or None. Raises Corrupt."""
+        key = _PAIR.pack(chain_no, seq)
+        try:
+            with self._env.begin(db=self._layers) as txn:
+                value = txn.get(key)
+            return None if value is None else _decode_layer(key, value)[2]
         except (lmdb.Error, struct.error, ValueError) as e:
             raise self._corrupt(e) from e
 
@@ -390,6 +403,58 @@ class Index:
         except (lmdb.Error, struct.error) as e:
             raise self._write_error(e) from e
 
+    def renew(self, chain_no: int, layer: Layer) -> None:
+        """Put the records of a layer's file in the place of those of another edition, in one transaction.
+
+        Nothing changes if they are this edition's, if the layer is not indexed, or if another file has its name by now.
+
+        Raises:
+            RepositoryError: no space.
+            Corrupt: a record, or the layer's table, is damaged.
+        """
+        header = layer.header
+        if self.edition(chain_no, header.seq) in (None, header.edition):
+            return
+        address = _PAIR.pack(chain_no, header.seq)
+        try:
+            with self._env.begin(write=True) as txn:  # until it ends nobody else adds records
+                held = txn.get(address, db=self._layers)
+                layer_id, parent, edition = _decode_layer(address, held) if held else (None, 0, header.edition)
+                # Asked in here: who renames it comes for a transaction afterwards, so the last file has the last word.
+                if layer_id != header.layer_id or edition == header.edition or not layer.is_current():
+                    return
+                txn.put(address, _encode_layer(address, layer_id, parent, header.edition), db=self._layers)
+                region = None if header.is_base else self._next_of(chain_no, layer, 0)
+                while region is not None:
+                    self._renew_regions(txn, chain_no, layer, region)
+                    region = self._next_of(chain_no, layer, region + _REGIONS)
+        except (lmdb.Error, struct.error, ValueError) as e:
+            raise self._write_error(e) from e
+
+    def _next_of(self, chain_no: int, layer: Layer, first: int) -> int | None:
+        """Return the first region at or after `first` that has records in the index, or rows in the layer."""
+        chunk = layer.next_chunk(first * REGION_CHUNKS)
+        found = [self.next_region(chain_no, first), None if chunk is None else chunk // REGION_CHUNKS]
+        return min((region for region in found if region is not None), default=None)
+
+    def _renew_regions(self, txn: "lmdb.Transaction[bytes]", chain_no: int, layer: Layer, first: int) -> None:
+        seq, end = layer.header.seq, first + _REGIONS
+        regions, records = self.records(chain_no, first, end)
+        was = records["seq"] == seq
+        span = first * REGION_CHUNKS, end * REGION_CHUNKS
+        new = [records_of(cut(rows, *span), seq) for rows in layer.rows(*span)]
+        touched = np.unique(np.concatenate([regions[was], *(r for r, _ in new)]))
+        kept = ~was & np.isin(regions, touched)
+        regions = np.concatenate([regions[kept], *(r for r, _ in new)])
+        # numpy joins structures in the machine's byte order.
+        records = np.concatenate([records[kept], *(found for _, found in new)]).astype(RECORD)
+        for region in touched.tolist():
+            for db in (self._chunks, self._regions):
+                txn.delete(_PAIR.pack(chain_no, region), db=db)
+        order = np.lexsort((records["seq"], records["chunk"], regions))
+        if len(order):
+            self._put_records(txn, chain_no, regions[order], records[order])
+
     def _replace(self, txn: "lmdb.Transaction[bytes]", chain_no: int, region: int, regions: Words, rest: Rows) -> None:
         key = _PAIR.pack(chain_no, region)
         txn.delete(key, db=self._chunks)
@@ -411,7 +476,7 @@ class Index:
                 raise StaleIndex(f"another layer is indexed as {layer.vm}/{layer.disk}/{layer.chain}/{layer.seq}")
             return
         parent = layer.seq if layer.parent_seq is None else layer.parent_seq
-        txn.put(address, _encode_layer(address, layer.layer_id, parent), db=self._layers)
+        txn.put(address, _encode_layer(address, layer.layer_id, parent, layer.edition), db=self._layers)
         for rows in gathered(layer.rows, _BATCH):
             self._put_records(txn, chain_no, *records_of(rows, layer.seq))
 
@@ -446,16 +511,16 @@ def _address_of(path: str) -> int:
     return 0
 
 
-def _encode_layer(key: bytes, layer_id: LayerId, parent_seq: int) -> bytes:
-    check = xxhash.xxh3_64_intdigest(key + layer_id + _U32.pack(parent_seq))
-    return _LAYER.pack(layer_id, parent_seq, check)
+def _encode_layer(key: bytes, layer_id: LayerId, parent_seq: int, edition: int) -> bytes:
+    check = xxhash.xxh3_64_intdigest(key + layer_id + struct.pack(">IQ", parent_seq, edition))
+    return _LAYER.pack(layer_id, parent_seq, edition, check)
 
 
-def _decode_layer(key: bytes, value: bytes) -> tuple[LayerId, int]:
-    layer_id, parent_seq, _ = _LAYER.unpack(value)
-    if value != _encode_layer(key, layer_id, parent_seq):
+def _decode_layer(key: bytes, value: bytes) -> tuple[LayerId, int, int]:
+    layer_id, parent_seq, edition, _ = _LAYER.unpack(value)
+    if value != _encode_layer(key, layer_id, parent_seq, edition):
         raise ValueError("a layer's check does not match")
-    return LayerId(layer_id), parent_seq
+    return LayerId(layer_id), parent_seq, edition
 
 
 def _chain_key(vm: str, disk: str, chain: str) -> bytes:
@@ -476,6 +541,17 @@ def gathered(parts: Iterable[Rows], least: int) -> Iterator[Rows]:
             held, count = [], 0
     if held:
         yield np.concatenate(held)
+
+
+def cut(rows: Rows, first: int, end: int) -> Rows:
+    """Return rows that cover chunks in [first, end) with their zero runs cut at these borders."""
+    rows = rows.copy()
+    zero = rows["codec"] == codec.ZERO
+    begin = rows["chunk_no"][zero]
+    stop = np.minimum(begin + rows["length"][zero], np.uint64(end))
+    rows["chunk_no"][zero] = np.maximum(begin, np.uint64(first))
+    rows["length"][zero] = stop - rows["chunk_no"][zero]
+    return rows
 
 
 def records_of(rows: Rows, seq: int) -> tuple[Words, Rows]:

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from backupfs.errors import Corrupt
-from backupfs.repository import codec
 from backupfs.repository.format import RECORD, Rows, Words, checks
-from backupfs.repository.index import Index, record_seeds, records_of
+from backupfs.repository.index import Index, cut, record_seeds, records_of
 from backupfs.repository.layer import Layer
 
 _SLAB = 1 << 22  # chunks of the disk at a time: zero runs are cut there, for a long one stands for many records
@@ -78,13 +77,7 @@ def _rows(layer: Layer, chunks: int) -> Iterator[Rows]:
     for first in range(0, chunks, _SLAB):
         end = min(first + _SLAB, chunks)
         for rows in layer.rows(first, end):
-            cut = rows.copy()
-            zero = rows["codec"] == codec.ZERO
-            begin = rows["chunk_no"][zero]
-            stop = np.minimum(begin + rows["length"][zero], np.uint64(end))
-            cut["chunk_no"][zero] = np.maximum(begin, np.uint64(first))
-            cut["length"][zero] = stop - cut["chunk_no"][zero]
-            yield cut
+            yield cut(rows, first, end)
 
 
 def layer_records(index: Index, chain_no: int, seq: int, first: int, end: int) -> tuple[Words, Rows]:

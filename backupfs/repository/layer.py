@@ -89,6 +89,13 @@ class Layer:
         """Where in `data` payloads may be: the first byte, and the one behind the last."""
         return (0, self.data.length) if self.header.plain else (HEADER_SIZE, self.trailer().table_offset)
 
+    def is_current(self) -> bool:
+        """Whether this file still has its name: gc may have put the layer, written again, in its place."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._file.fd))
+        except OSError:
+            return False
+
     def pread(self, offset: int, length: int) -> bytes:
         """Return `length` bytes of the layer's file, as `DataFile.pread`."""
         return self._file.pread(offset, length)
@@ -184,6 +191,7 @@ class LayerWriter:
         self._lock = threading.Lock()
         self._end = HEADER_SIZE  # where the next payload goes, or the table
         self._waiting = 0  # bytes that the kernel was not yet asked to write
+        self._gap = (0, 0)  # a place before that where payloads may still go: begin and end
         self._stored = 0
         self._data_chunks = 0
         self._batches: list[tuple[int, int, int]] = []  # first chunk, first row in the spool, rows
@@ -205,18 +213,17 @@ class LayerWriter:
     def append(self, rows: Rows, payloads: Sequence[bytes | memoryview]) -> None:
         """Write the payloads and keep their rows, whose `offset` is counted from the first payload.
 
-        The rows are in order of `chunk_no`. The first payload lands on a multiple of 4 KiB.
+        The rows are in order of `chunk_no`. The first payload lands on a multiple of 4 KiB if any of them is stored as
+        it is; these come first.
 
         Raises:
             RepositoryError: no space, or the disk failed. The layer is then useless.
         """
         length = sum(len(p) for p in payloads)
         data = rows["codec"] != codec.ZERO
-        plain = self.header.plain
+        aligned, plain = bool(np.any(rows["codec"] == codec.NONE)), self.header.plain
         with self._lock:
-            start = self._end
-            if not plain:
-                self._end = round_up(start + length, ALIGNMENT)
+            start = 0 if plain else self._reserve(length, aligned=aligned)
             spooled = self._spooled
             self._spooled += len(rows)
             self._stored += length
@@ -248,6 +255,18 @@ class LayerWriter:
                 _pwrite_all(self._raw, run, offsets[first])
                 first = i
 
+    def _reserve(self, length: int, *, aligned: bool) -> int:
+        """Return where payloads go. What an alignment leaves free is filled with compressed ones that fit into it."""
+        gap, end = self._gap
+        if not aligned and length <= end - gap:
+            self._gap = gap + length, end
+            return gap
+        start = round_up(self._end, ALIGNMENT) if aligned else self._end
+        if start - self._end > end - gap:
+            self._gap = self._end, start
+        self._end = start + length
+        return start
+
     def finish(self) -> LayerFacts:
         """Write the table and the trailer, and put all of it on the disk. Once, after every append has returned.
 
@@ -262,7 +281,7 @@ class LayerWriter:
 
     def _finish(self) -> LayerFacts:
         digest = blake3.blake3(self._encoded)
-        table_offset = position = self._end
+        table_offset = position = round_up(self._end, ALIGNMENT)
         fences: list[Words] = []
         written, last = 0, -1
         for rows in self._sorted_rows():

@@ -39,9 +39,9 @@ class Payloads:
         self.chunk_size = chunk_size
         self.whole = chunk_size | codec.NONE << CODEC_SHIFT
         self._remembers = False
-        # 31 bits of the hash that was found right, for each chunk_size bytes of the file: of chunks that do not overlap
-        # only one can begin there. Of the hash, not only that it was: should the number of a layer ever stand for
-        # another one, it is not taken for checked. Mapped: what nobody touches takes no memory.
+        # 31 bits of the hash that was found right and of the offset, for each chunk_size bytes of the file: of chunks
+        # that do not overlap only one can begin there. Not only that it was: gc may have written the layer again, and
+        # who asks have another chunk in mind, or this one some blocks away. Mapped: what nobody touches takes no room.
         self.marks: memoryview
         if other is not None and os.path.samestat(os.fstat(self.fd), os.fstat(other.fd)):
             self.marks = other.marks
@@ -58,7 +58,7 @@ class Payloads:
         """
         place = offset // self.chunk_size
         _ = self.marks[place]
-        return place, xxh3 & 0xFFFFFFFF | 1
+        return place, (xxh3 + (offset >> 11)) & 0xFFFFFFFF | 1
 
     def check(self, chunk: memoryview, offset: int, xxh3: int) -> None:
         """Compare a chunk that is stored as it is with its hash, and remember it. Raises Corrupt."""
@@ -83,6 +83,18 @@ class Payloads:
         if packed == self.whole:
             self._remember(offset, xxh3)
         return chunk
+
+    def place(self, chunk_no: int, xxh3: int) -> tuple[int, int] | None:
+        """Return where this file's own table has a chunk, offset and `packed`, if that is one with this hash.
+
+        Raises:
+            Corrupt: the table is damaged there.
+        """
+        for rows in self.layer.rows(chunk_no, chunk_no + 1):
+            for row in rows:
+                if row["codec"] != codec.ZERO and row["xxh3"] == xxh3:
+                    return int(row["offset"]), int(row["length"]) | int(row["codec"]) << CODEC_SHIFT
+        return None
 
     def forget(self, offset: int) -> None:
         """Take a chunk for unchecked. Before it is read: what the reading brings into memory may be bad."""

@@ -5,6 +5,7 @@ the chunk is compressed and not in the cache, or read for the first time, of all
 (payloads.py). No step depends on the length of the chain.
 """
 
+import contextlib
 import itertools
 import logging
 import os
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from backupfs.errors import Corrupt
+from backupfs.errors import Corrupt, RepositoryError
 from backupfs.extents import Extent, clip, coalesce
 from backupfs.image import Buffer, check_range
 from backupfs.repository import names
@@ -113,6 +114,15 @@ class LayerStore:
         """Return an open layer. Raises as `payloads`."""
         return self.payloads(chain, seq).layer
 
+    def note_moved(self, chain: Chain, payloads: Payloads) -> None:
+        """Have looked up again what was looked up in another file of the layer, where that leads to the newest one."""
+        layer, seq = payloads.layer, payloads.layer.header.seq
+        self.at_hand.clear()
+        if not layer.is_current():
+            self.opened.drop((chain.no, seq))
+        elif seq == 0 or self.index.edition(chain.no, seq) == layer.header.edition:
+            self.regions.clear()
+
     def close(self) -> None:
         """Drop everything; layers that a thread still reads from close after it."""
         self.opened.clear()
@@ -141,8 +151,11 @@ class PointImage:
         self._chunk_size = store.chunk_size
         self._at_hand = store.at_hand
         self._first_key = next(store.image_numbers) << _IMAGE_SHIFT
-        base = store.layer(chain, 0)
-        self.map = ChunkMap(store.index, chain.no, entry.seq, base, store.regions)
+        self.map = self._new_map()
+
+    def _new_map(self) -> ChunkMap:
+        base = self._store.layer(self._chain, 0)
+        return ChunkMap(self._store.index, self._chain.no, self._entry.seq, base, self._store.regions)
 
     @property
     def chunk_size(self) -> int:
@@ -198,6 +211,47 @@ class PointImage:
 
     def gather(self, offset: int, length: int) -> Sequence[Buffer | bytes]:
         check_range(self, offset, length)
+        try:
+            return self._gather(offset, length)
+        except Corrupt:
+            # It was read from a layer that gc has written again since its place was looked up, or it is damaged.
+            return [self._piece(at, size) for at, size in self._chunks(offset, length)]
+
+    def _chunks(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """Cut a range at the borders of chunks."""
+        end = offset + length
+        while offset < end:
+            size = min(self._chunk_size - offset % self._chunk_size, end - offset)
+            yield offset, size
+            offset += size
+
+    def _piece(self, offset: int, length: int) -> Buffer | bytes:
+        """Return a part of one chunk; where its layer was written again, from where it is now.
+
+        A layer's file has a table of its own places, so it does not matter which of the two is known to whom.
+        """
+        chunk_no, within = divmod(offset, self._chunk_size)
+        region, i = divmod(chunk_no, REGION_CHUNKS)
+        at, xxh3, seq, packed = PLACE.unpack_from(self.map.region(region), i * PLACE.size)
+        if not packed:
+            return ZEROES[:length]
+        payloads = self._store.payloads(self._chain, seq)
+        try:
+            chunk = self._chunk(payloads, seq, at, xxh3, packed)
+        except Corrupt:
+            now = None
+            with contextlib.suppress(Corrupt):
+                now = payloads.place(chunk_no, xxh3)
+            if now is None or now == (at, packed):
+                raise
+            chunk = self._chunk(payloads, seq, now[0], xxh3, now[1])
+            with contextlib.suppress(RepositoryError):  # it only makes the next reads faster
+                self._store.note_moved(self._chain, payloads)
+                if seq == 0:
+                    self.map = self._new_map()
+        return memoryview(chunk)[within : within + length]
+
+    def _gather(self, offset: int, length: int) -> Sequence[Buffer | bytes]:
         chunk_no, within = divmod(offset, self._chunk_size)
         if within + length > self._chunk_size:
             return self._pieces_of_chunks(offset, length)

@@ -21,7 +21,6 @@ from backupfs.repository import codec, names
 from backupfs.repository.chunkmap import POSITION, ChunkMap
 from backupfs.repository.files import fsync_folder, make_folders, rename_new, write_new
 from backupfs.repository.format import (
-    ALIGNMENT,
     MAX_DISK,
     NO_LAYER,
     REGION_CHUNKS,
@@ -34,7 +33,6 @@ from backupfs.repository.format import (
     format_digest,
     map_digest,
     parse_digest,
-    round_up,
 )
 from backupfs.repository.layer import LayerWriter, raw_path
 from backupfs.repository.manifest import DiskEntry, Manifest, Settings, seal
@@ -98,8 +96,9 @@ class DiskWriter:
         count = -(-len(data) // size)
         olds = self._old(first, count)
         rows = np.zeros(count, ROW)
-        payloads: list[bytes | memoryview] = []
-        position = used = 0
+        whole: list[bytes | memoryview] = []  # stored as they are: they come first, so that no padding is between
+        packed: list[bytes | memoryview] = []
+        position = used = 0  # of the next compressed one, from the first of them
         for i in range(count):
             chunk: bytes | memoryview = data[i * size : (i + 1) * size]
             if len(chunk) < size:
@@ -116,18 +115,19 @@ class DiskWriter:
             if old["packed"] and id0 == old["id0"] and id1 == old["id1"]:
                 continue
             codec_id, payload = self._encode(chunk)
-            if codec_id == codec.NONE and position % ALIGNMENT:
-                padding = round_up(position, ALIGNMENT) - position
-                payloads.append(bytes(padding))
-                position += padding
-            rows[used] = (first + i, position, xxh3, id0, id1, len(payload), codec_id, 0)
-            payloads.append(payload)
-            position += len(payload)
+            if codec_id == codec.NONE:
+                rows[used] = (first + i, len(whole) * size, xxh3, id0, id1, size, codec_id, 0)
+                whole.append(payload)
+            else:
+                rows[used] = (first + i, position, xxh3, id0, id1, len(payload), codec_id, 0)
+                packed.append(payload)
+                position += len(payload)
             used += 1
         if used:
             rows = rows[:used]
+            rows["offset"][rows["codec"] == codec.ZSTD] += np.uint64(len(whole) * size)
             self._account(rows["chunk_no"], olds[(rows["chunk_no"] - np.uint64(first)).astype(np.intp)], rows)
-            self.layer.append(rows, payloads)
+            self.layer.append(rows, whole + packed)
 
     def zero(self, offset: int, length: int) -> None:
         """Say that a range reads as zeroes: whole chunks, or up to the disk's end. Raises as `write`."""

@@ -5,7 +5,9 @@ First everything is looked at, and nothing is freed if anything is missing or da
 1. In a chain that goes on, a mark (SEQ.gone) keeps the number of its last layer if that goes.
 2. Layers that no remaining point stands on are removed.
 3. In the others, holes are punched where no remaining point sees anything.
-4. The index forgets the layers that went.
+4. Layers in which that left too much, since compressed chunks share blocks, are written again (rewrite.py): those that
+   give back most for what has to be written, until what is kept beyond what is seen is SLACK of that.
+5. The index forgets the layers that went, and learns of those that were written again.
 
 A point remains while its manifest is there or an image of it is open. It may be broken off anywhere: what was freed
 stays freed, and the next gc does the rest.
@@ -14,7 +16,7 @@ stays freed, and the next gc does the rest.
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,14 +25,22 @@ import numpy.typing as npt
 from backupfs.errors import RepositoryError
 from backupfs.repository import catalog, locks, names
 from backupfs.repository.files import fsync_folder, write_new
-from backupfs.repository.layer import raw_path
+from backupfs.repository.format import ALIGNMENT, HEADER_SIZE
+from backupfs.repository.layer import Layer, raw_path
 from backupfs.repository.manifest import DiskEntry
-from backupfs.repository.point import Chain
-from backupfs.repository.reach import ChainLayers, reach
+from backupfs.repository.point import Chain, layer_path
+from backupfs.repository.reach import ChainLayers, Flags, reach
 from backupfs.repository.repository import Repository
+from backupfs.repository.rewrite import needed, rewrite
 from backupfs.repository.space import Puncher, allocated, dead_ranges, stored
+from backupfs.units import MiB
 
 log = logging.getLogger(__name__)
+
+# Of what is seen, that may be kept beyond it. Below 5 percent, which gc promises, because a file system needs some
+# blocks to say where the holes are.
+SLACK = 0.04
+_RESERVE = 16 * MiB  # that has to be free beside a layer that is written again: for the index
 
 
 @dataclass(slots=True)
@@ -42,6 +52,8 @@ class GcReport:
         freed: of them.
         visible: payload that the remaining points see.
         layers: how many were removed.
+        rewritten: how many were written again.
+        written: bytes that these take now.
         open: deleted points that are kept because somebody has them open: VM/DISK/CHAIN/SEQ.
         stuck: bytes that nobody sees in files in which no holes can be made.
     """
@@ -50,6 +62,8 @@ class GcReport:
     freed: int = 0
     visible: int = 0
     layers: int = 0
+    rewritten: int = 0
+    written: int = 0
     open: list[str] = field(default_factory=list)
     stuck: int = 0
 
@@ -64,6 +78,7 @@ class _ChainPlan:
         stray: raw images without a layer: of a writer, or a gc, that was killed.
         marks: seqs of layers that went before.
         live: by seq, of the layers that stay, which chunks with data are seen: eight a byte; and their number.
+        roots: seqs of those whose points remain; each with the bytes of its payloads, None where no manifest says.
     """
 
     chain: Chain
@@ -72,6 +87,12 @@ class _ChainPlan:
     stray: list[str]
     marks: list[int]
     live: dict[int, tuple[npt.NDArray[np.uint8], int]]
+    roots: dict[int, int | None]
+
+    def flags(self, seq: int) -> Flags:
+        """Return of each chunk with data of a layer whether it is seen."""
+        bits, count = self.live[seq]
+        return np.unpackbits(bits, count=count).astype(np.bool_)
 
     @property
     def dead(self) -> list[int]:
@@ -102,6 +123,8 @@ def _gc(repository: Repository, dry_run: bool, waiting: Callable[[str], None] | 
     report = GcReport()
     with locks.writer_lock(repository.path, waiting) if dry_run else repository.exclusive(waiting):
         plans = [plan for vm in catalog.vms(repository.path) for plan in _plan_vm(repository, vm, report)]
+        worth: list[_Rewrite] = []
+        beyond = 0
         for plan in plans:
             layers = ChainLayers(plan.chain, bytes.fromhex(repository.settings.id))
             report.before += sum(allocated(path) for seq in plan.present for path in _paths(layers, seq))
@@ -115,7 +138,11 @@ def _gc(repository: Repository, dry_run: bool, waiting: Callable[[str], None] | 
             for path in plan.stray:
                 _remove(path, report, dry_run=dry_run)
             for seq in plan.live:
-                _punch(layers, plan, seq, report, dry_run=dry_run)
+                candidate = _look_at(layers, plan, seq, *_punch(layers, plan, seq, report, dry_run=dry_run))
+                beyond += candidate.gain
+                if seq not in plan.roots:
+                    worth.append(candidate)
+        _rewrite_some(repository, worth, beyond, report, dry_run=dry_run)
         if not dry_run:
             _clean_index(repository, plans)
             _clean_folders(plans)
@@ -173,7 +200,8 @@ def _plan_chain(layers: ChainLayers, roots: dict[int, DiskEntry | None], report:
     raws = {seq for seq, suffix in files if suffix == names.RAW}
     stray = [os.path.join(folder, names.layer_name(seq, names.RAW)) for seq in sorted(raws.difference(present))]
     marks = sorted(seq for seq, suffix in files if suffix == names.GONE)
-    return _ChainPlan(layers.chain, folder, present, stray, marks, live)
+    stored_bytes = {seq: entry.stored_bytes if entry else None for seq, entry in roots.items()}
+    return _ChainPlan(layers.chain, folder, present, stray, marks, live, stored_bytes)
 
 
 def _paths(layers: ChainLayers, seq: int) -> list[str]:
@@ -208,14 +236,15 @@ def _remove(path: str, report: GcReport, *, dry_run: bool) -> None:
             puncher.close()
 
 
-def _punch(layers: ChainLayers, plan: _ChainPlan, seq: int, report: GcReport, *, dry_run: bool) -> None:
-    bits, count = plan.live[seq]
-    live = np.unpackbits(bits, count=count).astype(np.bool_)
-    if np.all(live):
-        return
+def _punch(layers: ChainLayers, plan: _ChainPlan, seq: int, report: GcReport, *, dry_run: bool) -> tuple[int, int]:
+    """Make holes in a layer; return what its payloads' file takes then, and what of it is stuck."""
+    live = plan.flags(seq)
     layer = layers.layer(seq)
     path = layer.data.path
     before = allocated(path)
+    if np.all(live):
+        return before, 0
+    freed = stuck = 0
     alone = os.stat(path).st_nlink == 1
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     puncher: Puncher | None = None
@@ -226,18 +255,108 @@ def _punch(layers: ChainLayers, plan: _ChainPlan, seq: int, report: GcReport, *,
             if there == 0:
                 continue
             if dry_run:
-                report.freed += there if alone else 0
+                freed += there if alone else 0
                 continue
             if alone and able:
                 puncher = puncher or Puncher(path)
                 able = puncher.punch(offset, length)
             if not (alone and able):
-                report.stuck += there
+                stuck += there
     finally:
         os.close(fd)
         if puncher:
             puncher.close()
-            report.freed += before - allocated(path)
+            freed = before - allocated(path)
+        report.freed += freed
+        report.stuck += stuck
+    return before - freed, stuck
+
+
+@dataclass(frozen=True, slots=True)
+class _Rewrite:
+    """A layer that may be written again.
+
+    Attributes:
+        taken: bytes that it takes now.
+        stuck: of them, those in which no holes can be made.
+        gain: of them, that it would not take then. 0: it must not be, or need not.
+    """
+
+    layers: ChainLayers
+    plan: _ChainPlan
+    seq: int
+    taken: int
+    stuck: int
+    gain: int
+
+
+def _look_at(layers: ChainLayers, plan: _ChainPlan, seq: int, taken: int, stuck: int) -> _Rewrite:
+    """Say how much a layer takes beyond what is seen of it and what tells where that is."""
+    size = taken
+    live = plan.flags(seq)
+    if seq not in plan.roots and not np.all(live):
+        need = needed(layers.layer(seq), live)
+        # Holes in what is not compressed leave nothing but rows; and another name keeps the old file.
+        if need.compressed and os.stat(layers.path(seq)).st_nlink == 1:
+            size = need.size
+    elif (stored_bytes := plan.roots.get(seq)) is not None:  # all of a root's own layer is seen by it
+        layer = layers.layer(seq)
+        size = HEADER_SIZE + stored_bytes + layer.length - layer.trailer().table_offset
+        size += 2 * ALIGNMENT  # it ends with a part of a block, and so do its payloads
+    return _Rewrite(layers, plan, seq, taken, stuck, max(taken - size, 0))
+
+
+def _rewrite_some(
+    repository: Repository, worth: list[_Rewrite], beyond: int, report: GcReport, *, dry_run: bool
+) -> None:
+    """Write layers again, those that give back most for what is written first, as long as too much is kept.
+
+    Args:
+        beyond: bytes that all layers take beyond what is seen.
+    """
+    for found in sorted(worth, key=lambda r: r.gain / max(r.taken - r.gain, 1), reverse=True):
+        if beyond <= SLACK * report.visible or found.gain < ALIGNMENT:
+            return
+        size = found.taken - found.gain
+        path = found.layers.path(found.seq)
+        if not dry_run:
+            room = os.statvfs(repository.path)
+            if room.f_bavail * room.f_frsize < size + _RESERVE:
+                log.warning("%s: too little space is free to write it again without what nobody sees", path)
+                continue
+            if not _rewrite(repository, found, path):
+                continue
+            size = allocated(path)
+        beyond -= found.taken - size
+        report.freed += found.taken - size
+        report.stuck -= found.stuck
+        report.rewritten += 1
+        report.written += size
+
+
+def _rewrite(repository: Repository, found: _Rewrite, path: str) -> bool:
+    plan, seq = found.plan, found.seq
+    if seq in plan.roots:
+        raise ValueError("a layer that a manifest or an open image names never changes")
+    if not rewrite(Layer(path), plan.flags(seq), repository.path, repository.settings.chunk_size):
+        log.error("%s: not written again, because something in it is damaged; run backupfs verify", path)
+        return False
+    _tell_index(repository, plan, [seq])
+    return True
+
+
+def _tell_index(repository: Repository, plan: _ChainPlan, seqs: Iterable[int]) -> None:
+    """Bring the index to what the files say. It may fail: readers find their way by the files (point.py)."""
+    at = plan.chain
+    try:
+        index = repository.store.index
+        chain_no = index.chain_no(at.vm, at.disk, at.name)
+        if chain_no is None:
+            return
+        for seq in seqs:
+            index.renew(chain_no, Layer(layer_path(at.root, at.vm, at.disk, at.name, seq)))
+    except RepositoryError as e:
+        log.warning("the index does not know yet of layers that were written again: %s", e)
 
 
 def _clean_index(repository: Repository, plans: list[_ChainPlan]) -> None:
@@ -249,6 +368,7 @@ def _clean_index(repository: Repository, plans: list[_ChainPlan]) -> None:
             gone = set() if chain_no is None else index.layers(chain_no).keys() - plan.live.keys()
             if chain_no is not None and gone:
                 index.remove(chain_no, gone)
+            _tell_index(repository, plan, plan.live)
     except RepositoryError as e:
         log.warning("the index keeps records of layers that are gone: %s", e)
 

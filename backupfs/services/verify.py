@@ -20,6 +20,7 @@ import numpy as np
 from backupfs.errors import Corrupt, NotFound, RepositoryError
 from backupfs.repository import catalog
 from backupfs.repository.format import HEADER_SIZE
+from backupfs.repository.index import Index
 from backupfs.repository.indexcheck import index_fault
 from backupfs.repository.layer import Layer
 from backupfs.repository.locks import Pin
@@ -37,6 +38,7 @@ _SPAN = 8 * MiB  # of chunks, that a thread takes at a time
 _WORKERS = min(4, max(2, os.cpu_count() or 1))
 _QUEUE = 2 * _WORKERS
 _HASHED = 4 * MiB
+_TRIES = 20  # of comparing the index with layers that gc is writing again meanwhile
 
 # (vm/disk, bytes of its layers dealt with, of how many, bytes read): called from the calling thread, often.
 Progress = Callable[[str, int, int, int], None]
@@ -296,7 +298,7 @@ class _Chain:
                 index = self._repository.store.index
                 chain_no = index.chain_no(vm, disk, self._address.name)
                 assert chain_no is not None
-                fault = index_fault(index, chain_no, [x for x in lineage.layers if x.header.seq <= newest])
+                fault = _index_fault(index, chain_no, [x for x in lineage.layers if x.header.seq <= newest])
             except NotFound:
                 whole.pop()  # deleted meanwhile
                 continue
@@ -315,6 +317,22 @@ def _stored_bytes(layer: Layer) -> int:
     """Return about what all of a layer's payloads take."""
     begin, end = layer.data_range
     return layer.trailer().data_chunks * layer.header.chunk_size if layer.header.plain else end - begin
+
+
+def _index_fault(index: Index, chain_no: int, layers: list[Layer]) -> tuple[int, str] | None:
+    """As `index_fault`; of layers that gc writes again meanwhile, or has, and was killed before it told the index.
+
+    Raises:
+        NotFound: one is gone; so is a point, then.
+    """
+    for _ in range(_TRIES):
+        for layer in layers:
+            index.renew(chain_no, layer)
+        fault = index_fault(index, chain_no, layers)
+        if fault is None or all(layer.is_current() for layer in layers):
+            return fault
+        layers = [Layer(layer.path) for layer in layers]
+    return fault
 
 
 def _check_file(layer: Layer, entry: DiskEntry | None) -> None:

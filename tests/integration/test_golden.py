@@ -1,4 +1,6 @@
-"""A repository that version 1 of the format wrote has to open, and show the same bytes, for ever."""
+"""A repository that version 1 of the format wrote has to open, and show the same bytes, for ever; and one in which gc
+wrote layers again, which have version 2.
+"""
 
 import hashlib
 import json
@@ -10,14 +12,21 @@ from repositories import add_point, read_point
 
 from backupfs.repository.repository import Repository
 
+
+def decode_version(layer: Path) -> int:
+    return int.from_bytes(layer.read_bytes()[8:12], "little")
+
+
 DATA = Path(__file__).parent.parent / "data"
 
 
-@pytest.mark.parametrize("name", ["repository-v1", "repository-v1-plain"])
+@pytest.mark.parametrize("name", ["repository-v1", "repository-v1-plain", "repository-v1-rewritten"])
 def test_the_repository_of_version_1_opens_and_grows(tmp_path: Path, name: str) -> None:
     path = tmp_path / "repo"
     shutil.copytree(DATA / name, path)
     expected = json.loads((DATA / f"{name}.json").read_text())
+    versions = {decode_version(layer) for layer in path.rglob("*.layer")}
+    assert versions == {"repository-v1": {1}, "repository-v1-plain": {1, 3}, "repository-v1-rewritten": {1, 2}}[name]
     with Repository.open(str(path)) as repository:
         found = {}
         for vm in repository.vms():

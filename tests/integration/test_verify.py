@@ -248,7 +248,7 @@ def test_what_the_index_is_wrong_about(repository: Repository) -> None:
     assert found() == []
     key = chain_no.to_bytes(4, "big") + (2).to_bytes(4, "big")
     with index._env.begin(write=True, db=index._layers) as txn:
-        txn.put(key, _encode_layer(key, index.layer_id(chain_no, 2) or NO_LAYER, 0))
+        txn.put(key, _encode_layer(key, index.layer_id(chain_no, 2) or NO_LAYER, 0, 0))
     assert found() == [("index", points[2:])]
     report = check(repository)
     repair(repository, report, [], None)

@@ -1,5 +1,6 @@
 """The format against its description, and every bit of what is encoded."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -23,6 +24,7 @@ HEADER = format.LayerHeader(
     disk="vda",
     chain="main.2",
 )
+AGAIN = dataclasses.replace(HEADER, edition=0x0123456789ABCDEF)  # as gc writes it
 TRAILER = format.LayerTrailer(8192, 300, 299, 12345, HEADER.layer_id)
 
 
@@ -37,6 +39,7 @@ def documented(name: str) -> str:
     [
         ("format version", format.VERSION),
         ("version of a plain layer", format.PLAIN_VERSION),
+        ("version of a layer that gc wrote again", format.REWRITTEN),
         ("chunk size, smallest", format.MIN_CHUNK),
         ("chunk size, default", format.DEFAULT_CHUNK),
         ("chunk size, largest", format.MAX_CHUNK),
@@ -62,12 +65,24 @@ def test_magics_are_those_of_the_document() -> None:
 
 
 def test_header_and_trailer_come_back() -> None:
-    assert format.decode_header(HEADER.encode(), "x") == HEADER
+    for header in (HEADER, AGAIN):
+        assert format.decode_header(header.encode(), "x") == header
     assert format.decode_trailer(TRAILER.encode(), TRAILER.length, "x") == TRAILER
 
 
-def test_every_flipped_bit_of_a_header_is_found() -> None:
-    good = HEADER.encode()
+@pytest.mark.parametrize(("version", "edition"), [(1, 5), (2, 0), (3, 5), (4, 5)])
+def test_a_version_and_an_edition_that_can_not_be(version: int, edition: int) -> None:
+    data = bytearray(HEADER.encode())
+    data[8:12] = version.to_bytes(4, "little")
+    data[4080:4088] = edition.to_bytes(8, "little")
+    data[4088:] = format.xxhash.xxh3_64_intdigest(bytes(data[:4088])).to_bytes(8, "little")
+    with pytest.raises(Corrupt if version < 4 else UnsupportedFormat):
+        format.decode_header(bytes(data), "x")
+
+
+@pytest.mark.parametrize("header", [HEADER, AGAIN])
+def test_every_flipped_bit_of_a_header_is_found(header: format.LayerHeader) -> None:
+    good = header.encode()
     for bit in range(8 * len(good)):
         bad = bytearray(good)
         bad[bit // 8] ^= 1 << bit % 8
