@@ -23,6 +23,8 @@ RIGHT, REFUSED, WRONG, CRASHED = 0, 1, 2, 3
 PAGE = 4096
 LONG = bool(os.environ.get("BACKUPFS_LONG"))
 
+pytestmark = pytest.mark.timeout(0 if LONG else 300)
+
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
