@@ -17,9 +17,10 @@ from typing import Literal
 
 from backupfs.errors import BackupfsError, TargetError, UsageError
 from backupfs.extents import Extent
+from backupfs.repository import catalog
 from backupfs.repository.files import fsync_folder, rename_new
 from backupfs.repository.point import PointImage
-from backupfs.repository.repository import Repository
+from backupfs.repository.repository import SETTINGS, Repository
 from backupfs.services.diskcopy import DiskCopy, Progress, Restored
 from backupfs.sources import target as files
 from backupfs.sources.target import Target
@@ -94,6 +95,7 @@ def _to_export(request: RestoreRequest, image: PointImage, done: Restored, progr
 
 def _to_path(request: RestoreRequest, image: PointImage, done: Restored, progress: Progress) -> None:
     path = os.path.realpath(request.target)  # what a link leads to is meant: a rename would replace the link
+    _refuse_ours(request, path)
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -113,9 +115,23 @@ def _to_path(request: RestoreRequest, image: PointImage, done: Restored, progres
     elif request.differential:
         _into_file(request, path, image, done, progress)
     elif request.force:
-        _to_new_file(request, path, image, done, progress)
+        with files.held(path):
+            _to_new_file(request, path, image, done, progress)
     else:
         raise TargetError(f"{request.target} is there: --force replaces it, --differential writes into it what differs")
+
+
+def _refuse_ours(request: RestoreRequest, path: str) -> None:
+    """Raise UsageError if the target lies where backups or hydrated disks are kept: --force would destroy them."""
+    cache = os.path.realpath(catalog.cache_folder())
+    folder = os.path.dirname(path)
+    while True:
+        if folder == cache or os.path.lexists(os.path.join(folder, SETTINGS)):
+            what = "the cache" if folder == cache else "a repository"
+            raise UsageError(f"{request.target} is inside {folder}, which is {what}; restore to another place")
+        if folder == os.path.dirname(folder):
+            return
+        folder = os.path.dirname(folder)
 
 
 def _in_place(request: RestoreRequest, image: PointImage, target: Target, done: Restored, progress: Progress) -> None:
@@ -219,6 +235,7 @@ def _telling(partial: str) -> Iterator[None]:
 
 def _open_new_raw(partial: str, size: int) -> tuple[Target, bool]:
     """Return the target, and whether an earlier restore left something there."""
+    _drop_linked(partial)
     if os.path.lexists(partial):
         return files.open_file(partial, size), True
     return files.make_file(partial, size), False
@@ -227,6 +244,7 @@ def _open_new_raw(partial: str, size: int) -> tuple[Target, bool]:
 def _open_new_qcow2(partial: str, size: int) -> tuple[Target, bool]:
     from backupfs.sources import export_target as exports  # noqa: PLC0415, libnbd is not needed for raw
 
+    _drop_linked(partial)
     if os.path.lexists(partial):
         # What a power cut left may have tables that give the same cluster away twice.
         if _looks_like_qcow2(partial) and exports.is_sound_qcow2(partial):
@@ -239,6 +257,15 @@ def _open_new_qcow2(partial: str, size: int) -> tuple[Target, bool]:
     files.make_file(partial, 0).close()
     exports.make_qcow2(partial, size)
     return exports.open_qcow2(partial), False
+
+
+def _drop_linked(partial: str) -> None:
+    """Give the name up if the file has another one. A restore that was killed as it named its file leaves both,
+    and going on in it would be writing into the complete disk.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if os.lstat(partial).st_nlink > 1:
+            os.unlink(partial)
 
 
 def _check_partial(partial: str) -> None:

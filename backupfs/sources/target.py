@@ -1,5 +1,6 @@
 """Target: where a restored disk is written to. Raw files and block devices here; NBD exports in export_target.py."""
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -102,7 +103,10 @@ class FileTarget:
                 data = end  # nothing but a hole to the file's end
             yield Extent(position, data - position, True)
             if data < end:
-                position = min(os.lseek(self._fd, data, os.SEEK_HOLE), end)
+                try:
+                    position = min(os.lseek(self._fd, data, os.SEEK_HOLE), end)
+                except OSError as e:  # ENXIO: somebody else has made it shorter
+                    raise self._error("looking for holes in", e) from e
                 yield Extent(data, position - data, False)
             else:
                 position = end
@@ -202,10 +206,18 @@ def open_device(path: str) -> FileTarget:
     """
     try:
         # O_EXCL: the kernel refuses a device that is mounted, or part of a RAID or an LVM. Source: open(2)
-        return FileTarget(os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC), path)
+        fd = os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
     except OSError as e:
         words = "it is mounted, or something else uses it" if e.errno == errno.EBUSY else e.strerror
         raise TargetError(f"{path}: {words}") from e
+    try:
+        _lock_as_qemu(fd, path)  # which opens a device without O_EXCL. No flock: udev takes one for a moment
+        return FileTarget(fd, path)
+    except BaseException as e:
+        os.close(fd)
+        if isinstance(e, OSError):
+            raise TargetError(f"{path}: {e.strerror}") from e
+        raise
 
 
 def open_file(path: str, size: int) -> FileTarget:
@@ -229,10 +241,37 @@ def _open(path: str, flags: int) -> int:
         raise TargetError(f"{path}: {e.strerror}") from e
     try:
         lock(fd, path)
+        _check_name(fd, path)
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def _check_name(fd: int, path: str) -> None:
+    """Raise TargetError unless `path` is still the file that was locked: a restore that ended may have renamed it."""
+    try:
+        if os.path.samestat(os.fstat(fd), os.lstat(path)):
+            return
+    except FileNotFoundError:
+        pass
+    raise TargetError(f"{path}: another process has just renamed or replaced it; nothing was written")
+
+
+@contextlib.contextmanager
+def held(path: str) -> Iterator[None]:
+    """Keep other restores and QEMU away from a file that is to be replaced.
+
+    Who has it open would go on with a file that has no name any more, and what it writes would be lost.
+
+    Raises:
+        TargetError: it is in use, or can't be opened.
+    """
+    fd = _open(path, os.O_RDONLY)
+    try:
+        yield
+    finally:
+        os.close(fd)
 
 
 def lock(fd: int, path: str) -> None:
@@ -241,19 +280,35 @@ def lock(fd: int, path: str) -> None:
     Raises:
         TargetError: it is in use.
     """
-    in_use = TargetError(f"{path}: in use by another process: a running virtual machine, or another restore")
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        _judge(e, path)
+    _lock_as_qemu(fd, path)
+
+
+def _lock_as_qemu(fd: int, path: str) -> None:
+    try:
         asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, _LOCKS, _LOCKS_LENGTH, 0)
         if struct.unpack(_FLOCK, fcntl.fcntl(fd, _F_OFD_GETLK, asked))[0] != fcntl.F_UNLCK:
-            raise in_use
+            raise _in_use(path)
         for byte in (_WRITES, _NO_WRITERS):
             fcntl.fcntl(fd, _F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
     except OSError as e:
-        if e.errno in (errno.EAGAIN, errno.EACCES):
-            raise in_use from e
-        if e.errno not in (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
-            raise TargetError(f"{path}: {e.strerror}") from e
+        _judge(e, path)
+
+
+def _judge(error: OSError, path: str) -> None:
+    """Raise what the refusal of a lock means, if it means anything."""
+    if error.errno in (errno.EAGAIN, errno.EACCES):
+        raise _in_use(path) from error
+    # A file system without locks; NFS, where a flock needs a descriptor for writing (EBADF).
+    if error.errno not in (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF):
+        raise TargetError(f"{path}: {error.strerror}") from error
+
+
+def _in_use(path: str) -> TargetError:
+    return TargetError(f"{path}: in use by another process: a running virtual machine, or another restore")
 
 
 def _sized(fd: int, path: str, size: int) -> FileTarget:

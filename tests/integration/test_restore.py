@@ -10,7 +10,7 @@ from typing import Literal
 
 import pytest
 from repositories import add_point
-from servers import nbdkit, need, qemu_nbd, run
+from servers import nbdkit, need, qemu_nbd, run, storage_daemon
 
 from backupfs.errors import BackupfsError, Corrupt, SourceError, TargetError, UsageError
 from backupfs.extents import Extent
@@ -18,6 +18,7 @@ from backupfs.repository.layer import Layer
 from backupfs.repository.repository import Repository
 from backupfs.services import restore as service
 from backupfs.services.restore import PARTIAL, Restored, RestoreRequest
+from backupfs.sources import target as files
 from backupfs.units import KiB, MiB
 
 SIZE = 9 * MiB + 1000  # neither whole chunks nor whole sectors
@@ -223,14 +224,88 @@ def test_a_file_that_qemu_uses(repository: Repository, tmp_path: Path) -> None:
     target = tmp_path / "disk.raw"
     restore(repository, first, target)
     need("qemu-storage-daemon")
-    from servers import storage_daemon
-
     node = f"driver=file,node-name=f,filename={target}"
-    with (
-        storage_daemon("--blockdev", node, "--export", "nbd,id=e,node-name=f,name=disk,writable=on"),
-        pytest.raises(TargetError, match="in use"),
-    ):
-        restore(repository, second, target, differential=True)
+    with storage_daemon("--blockdev", node, "--export", "nbd,id=e,node-name=f,name=disk,writable=on"):
+        with pytest.raises(TargetError, match="in use"):
+            restore(repository, second, target, differential=True)
+        inode = target.stat().st_ino
+        # What the machine writes to a file that was replaced would be lost.
+        with pytest.raises(TargetError, match="in use"):
+            restore(repository, second, target, force=True)
+        assert target.stat().st_ino == inode
+    assert target.read_bytes() == FIRST
+    restore(repository, second, target, force=True)
+
+
+def test_a_device_that_qemu_uses(repository: Repository, tmp_path: Path) -> None:
+    need("qemu-storage-daemon")
+    first = repository.points("web01")[0]
+    with open(tmp_path / "backing", "wb") as file:
+        file.truncate(16 * MiB)
+    with loop_device(tmp_path / "backing") as device:
+        node = f"driver=host_device,node-name=f,filename={device}"
+        with storage_daemon("--blockdev", node, "--export", "nbd,id=e,node-name=f,name=disk,writable=on"):
+            for force in (False, True):
+                with pytest.raises(TargetError, match="in use"):
+                    restore(repository, first, device, force=force)
+            with pytest.raises(TargetError, match="in use"):
+                restore(repository, first, device, differential=True)
+            assert not any(device.read_bytes())
+
+
+def test_what_backupfs_keeps_is_no_target(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = points(repository)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    hydrated = tmp_path / "cache" / "backupfs" / "hydrated" / "x.raw"
+    hydrated.parent.mkdir(parents=True)
+    hydrated.write_bytes(b"precious")
+    layer = next((tmp_path / "repo").rglob("*.layer"))
+    link = tmp_path / "link"
+    link.symlink_to(layer)
+    for target in (layer, link, layer.with_name("new"), hydrated):
+        before = target.read_bytes() if target.exists() else None
+        for force in (False, True):
+            with pytest.raises(UsageError, match="is inside"):
+                restore(repository, first, target, force=force, differential=not force)
+        assert (target.read_bytes() if target.exists() else None) == before
+    Repository.init(str(tmp_path / "other"))
+    with pytest.raises(UsageError, match="which is a repository"):
+        restore(repository, second, tmp_path / "other" / "disk.raw")
+
+
+def test_a_partial_that_is_the_complete_disk_too_is_not_written_to(repository: Repository, tmp_path: Path) -> None:
+    """Killed between giving the disk its name and taking the other one away."""
+    first, second = points(repository)
+    target = tmp_path / "disk.raw"
+    restore(repository, first, target)
+    inode = target.stat().st_ino
+    os.link(target, f"{target}{PARTIAL}")
+    with open(target, "rb") as before:
+        restore(repository, second, target, force=True)
+        assert before.read() == FIRST
+    assert target.stat().st_ino != inode
+    assert target.read_bytes() == points(repository)[second]
+    assert not os.path.lexists(f"{target}{PARTIAL}")
+
+
+def test_a_file_that_got_another_name_while_it_was_locked(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another restore ends between the opening of its partial file and the lock."""
+    second = repository.points("web01")[1]
+    target, partial = tmp_path / "disk.raw", tmp_path / f"disk.raw{PARTIAL}"
+    partial.write_bytes(FIRST)
+    lock = files.lock
+
+    def lock_late(fd: int, path: str) -> None:
+        partial.rename(target)
+        lock(fd, path)
+
+    monkeypatch.setattr(files, "lock", lock_late)
+    with pytest.raises(TargetError, match="renamed or replaced"):
+        restore(repository, second, target)
     assert target.read_bytes() == FIRST
 
 
