@@ -78,10 +78,13 @@ def main() -> None:
         e.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; nothing was published", INTERRUPTED)
+        _fail("interrupted; nothing is left half published", INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
+    except OSError as e:  # that nobody put into words: a full disk behind stdout, no descriptors left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what could not be written would be tried again at the exit
+        _fail(f"{e.filename}: {e.strerror}" if e.filename else e.strerror or str(e), 1)
 
 
 def _fail(message: str, code: int) -> None:

@@ -6,7 +6,7 @@ A point is gone when its manifest is, and that is on the disk when these return.
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 
 from backupfs.errors import Corrupt, NotFound, RepositoryError, UsageError
 from backupfs.repository.repository import Repository
@@ -108,7 +108,7 @@ def _verdicts(repository: Repository, vm: str | None, rules: KeepRules) -> list[
             else:
                 if manifest.pinned:
                     staying[point] = PINNED
-        by_rule = kept(moments, rules)
+        by_rule = kept(moments, rules, datetime.now(UTC))
         for point in points:
             reasons = by_rule.get(point, []) + ([staying[point]] if point in staying else [])
             if point in by_rule or point in staying:

@@ -42,12 +42,14 @@ _PERIODS: Mapping[str, Period] = {
 }
 
 
-def kept(points: Iterable[tuple[str, datetime]], rules: KeepRules) -> dict[str, list[str]]:
+def kept(points: Iterable[tuple[str, datetime]], rules: KeepRules, now: datetime) -> dict[str, list[str]]:
     """Return the names of the rules that keep each point; none: it may go.
 
     Args:
         points: id and time of the points of one VM, oldest first; two of the same moment in the order they were taken.
         rules: the rules.
+        now: what is dated later does not count as the newest for `within`: one point taken with a wrong clock would
+            let all others go.
     """
     newest_first = [(point, moment.astimezone(UTC)) for point, moment in points]
     newest_first.sort(key=lambda p: p[1])  # --time may have dated one back; it keeps the order of equals
@@ -57,13 +59,14 @@ def kept(points: Iterable[tuple[str, datetime]], rules: KeepRules) -> dict[str, 
         left = getattr(rules, rule) or 0
         before: object = None
         for point, moment in newest_first:
-            now = period(moment)
-            if left and now != before:
+            this = period(moment)
+            if left and this != before:
                 found[point].append(rule)
                 left -= 1
-            before = now
-    if rules.within is not None:
+            before = this
+    if rules.within is not None and newest_first:
+        newest = next((moment for _, moment in newest_first if moment <= now), newest_first[0][1])
         for point, moment in newest_first:
-            if newest_first[0][1] - moment <= rules.within:
+            if newest - moment <= rules.within:
                 found[point].append("within")
     return found

@@ -18,6 +18,7 @@ from backupfs.units import parse_time
 
 _KEPT = 1000  # ranges of damage that are remembered of a VM
 _LEAST_FREE = 64 << 20  # bytes below which no backup begins
+_AHEAD = timedelta(hours=1)  # that another machine's clock may be ahead of ours
 
 
 @dataclass(slots=True)
@@ -94,6 +95,12 @@ def _vm(repository: Repository, vm: str, now: datetime, max_age: timedelta | Non
         time=moment.isoformat().replace("+00:00", "Z"),
         age_s=int(age.total_seconds()),
     )
+    if age < -_AHEAD:
+        # It would stay the newest one for so long, whatever became of the backups after it.
+        state.problems.append(
+            f"the newest point is dated {_hours(-age)} in the future, so how old the newest backup is can't be told; "
+            "was a clock wrong? `backupfs delete` takes it away"
+        )
     if max_age is not None and age > max_age:
         state.problems.append(f"the newest point is {_hours(age)} old, more than {_hours(max_age)}")
     try:

@@ -188,6 +188,18 @@ def test_a_closed_pipe_is_no_traceback(repo: Path, disk: Path) -> None:
     assert "Traceback" not in shell.stderr
 
 
+@pytest.mark.parametrize(
+    "words", [["points"], ["points", "--json"], ["show", "web01/latest"], ["map", "web01/latest/vda"]]
+)
+def test_a_full_disk_behind_stdout_is_no_traceback(repo: Path, disk: Path, words: list[str]) -> None:
+    backupfs(repo, "backup", "web01", f"vda={disk}")
+    with open("/dev/full", "w") as full:
+        command = [os.sys.executable, "-m", "backupfs", "-r", str(repo), *words]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "backupfs: No space left on device\n"
+
+
 def test_json_is_one_document(repo: Path, disk: Path) -> None:
     backupfs(repo, "backup", "web01", f"vda={disk}")
     for words in (["points"], ["show", "web01/latest"], ["map", "web01/latest/vda"]):

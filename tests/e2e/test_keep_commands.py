@@ -23,7 +23,7 @@ def repo(tmp_path: Path) -> Path:
     data = bytearray(random.Random(1).randbytes(MiB))
     with Repository.open(str(path)) as repository:
         for day in range(10):
-            add_point(repository, bytes(data), day=day)
+            add_point(repository, bytes(data), day=day - 14)
             data[day * 8192 : day * 8192 + 20000] = random.Random(day).randbytes(20000)
         add_point(repository, b"x", vm="db01")
     return path
@@ -59,7 +59,7 @@ def test_prune(repo: Path) -> None:
     verdicts = backupfs_json(repo, "prune", "web01", *rules)
     assert [v["id"] for v in verdicts] == before
     stays = [v["id"] for v in verdicts if v["kept"]]
-    # 22 November 2026 is a Sunday: the weeks end with the first and the eighth day
+    # 8 November 2026 is a Sunday: the weeks end with the first and the eighth day
     assert stays == before[6:]
     assert {v["id"]: v["rules"] for v in verdicts}[before[7]] == ["weekly", "within"]
     assert ids(repo) == stays

@@ -134,6 +134,15 @@ def test_what_makes_status_fail(repo: Path) -> None:
     assert found["ok"] is False
 
 
+def test_a_point_of_the_future_is_a_problem(repo: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "later.raw"
+    disk.write_bytes(bytes(1 << 20))
+    backupfs(repo, "backup", "web02", f"vda={disk}", "--time", "2099-01-01T00:00:00Z")
+    with Repository.open(str(repo)) as repository:
+        (problem,) = look(repository, timedelta(days=1)).problems
+    assert problem.startswith("web02: the newest point is dated")
+
+
 def test_no_points_is_a_problem(tmp_path: Path) -> None:
     Repository.init(str(tmp_path / "repo"))
     code, found = run_status(tmp_path / "repo")
