@@ -13,7 +13,7 @@ from repositories import read_point
 from backupfs.repository.repository import Repository
 from backupfs.units import MiB
 
-ROUNDS = 200 if os.environ.get("BACKUPFS_LONG") else 15
+ROUNDS = 200 if os.environ.get("BACKUPFS_LONG") else 9
 SIZE = 24 * MiB
 
 

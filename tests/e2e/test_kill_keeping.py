@@ -13,7 +13,7 @@ from repositories import add_point, read_point
 from backupfs.repository.repository import Repository
 from backupfs.units import MiB
 
-ROUNDS = 300 if os.environ.get("BACKUPFS_LONG") else 18
+ROUNDS = 300 if os.environ.get("BACKUPFS_LONG") else 10
 VM = "web01"
 
 

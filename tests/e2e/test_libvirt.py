@@ -17,7 +17,7 @@ from repositories import read_point
 
 from backupfs.repository.repository import Repository
 
-ROUNDS = 60 if os.environ.get("BACKUPFS_LONG") else 8
+ROUNDS = 60 if os.environ.get("BACKUPFS_LONG") else 5
 
 
 @pytest.fixture

@@ -131,7 +131,7 @@ class Chains(RuleBasedStateMachine):
 
 TestChains = Chains.TestCase
 TestChains.settings = settings(
-    max_examples=1000 if LONG else 60,
+    max_examples=1000 if LONG else 36,
     stateful_step_count=90 if LONG else 40,
     deadline=None,
     suppress_health_check=list(HealthCheck),

@@ -120,7 +120,7 @@ def test_flipped_bits_in_the_index(repo: tuple[Path, dict[str, bytes]]) -> None:
     good = (path / "index" / "data.mdb").read_bytes()
     rng = random.Random(6)
     outcomes = {RIGHT: 0, REFUSED: 0}
-    for _ in range(5000 if LONG else 150):
+    for _ in range(5000 if LONG else 80):
         shutil.rmtree(path / "index")
         (path / "index").mkdir()
         bit = rng.randrange(8 * len(good))

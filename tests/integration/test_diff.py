@@ -46,7 +46,7 @@ def chunks_that_differ(a: bytes, b: bytes) -> list[tuple[int, int]]:
     return found
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(states=st.lists(st.tuples(disks, st.booleans()), min_size=2, max_size=4))
 def test_against_bytes(states: list[tuple[tuple[list[int], int], bool]]) -> None:
     """Each state is a disk and whether it begins a new chain."""

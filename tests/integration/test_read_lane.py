@@ -28,7 +28,7 @@ from backupfs.services.prune import delete
 from backupfs.units import KiB, MiB, TiB
 
 LONG = bool(os.environ.get("BACKUPFS_LONG"))
-READERS, SECONDS = (32, 600) if LONG else (6, 8)
+READERS, SECONDS = (32, 600) if LONG else (6, 5)
 READER = str(Path(__file__).parent / "lane_reader.py")
 
 pytestmark = [pytest.mark.timeout(SECONDS + 90), needs_fuse]
