@@ -1,6 +1,7 @@
 """Chains that hold the same bytes: points in a repository, and qcow2 overlays. A base, and the same changes on it."""
 
-import time
+import errno
+import os
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,8 +14,7 @@ from backupfs.repository.writer import ChainEnd
 from backupfs.units import KiB, MiB
 from benchmarks.disks import distinct
 from benchmarks.overlays import write_overlay
-from benchmarks.report import Report
-from benchmarks.workplace import Workplace, run
+from benchmarks.workplace import run
 
 CHUNK = 64 * KiB
 CODECS = ("none", "zstd")
@@ -40,20 +40,18 @@ class Disk(Protocol):
 
 
 class MovedChunks:
-    """A disk of which each delta changes runs of chunks: to others of its chunks, each with a mark of its own."""
+    """A disk of which each delta changes so many single chunks: to others of its chunks, each with its own mark."""
 
-    def __init__(self, raw: Path, runs: int, chunks: int) -> None:
+    def __init__(self, raw: Path, chunks: int) -> None:
         self.raw = raw
         self.size = raw.stat().st_size
-        self._runs, self._chunks = runs, chunks  # a delta; a run
+        self._chunks = chunks
         self._bytes = np.memmap(raw, np.uint8, "r")
 
     def changes(self, number: int) -> Changes:
         rng = np.random.default_rng(number)
-        chunks = self.size // CHUNK
-        runs = np.sort(distinct(rng, chunks // self._chunks, self._runs)) * self._chunks
-        places = (runs[:, None] + np.arange(self._chunks)).ravel()
-        sources = rng.integers(0, chunks, len(places))
+        places = np.sort(distinct(rng, self.size // CHUNK, self._chunks))
+        sources = rng.integers(0, self.size // CHUNK, len(places))
         changes = []
         for i, (place, source) in enumerate(zip(places.tolist(), sources.tolist(), strict=True)):
             mark = number.to_bytes(8, "little") + i.to_bytes(8, "little")
@@ -93,43 +91,43 @@ class PutTogether:
         return self._last[number * CHUNK : (number + 1) * CHUNK].tobytes()
 
 
-def build_repository(
-    place: Workplace, report: Report, name: str, disk: Disk, depths: Iterable[int], codec: str
-) -> dict[int, str]:
-    """Write a full point and its deltas through the library.
-
-    Args:
-        name: of the repository.
-        depths: how many deltas lie on the base at the points that are wanted.
-
-    Returns:
-        These points, by their depth.
-    """
-    count = max(depths)
-    report.say(f"making a repository, codec {codec}, with {count} deltas")
-    path, started = place.path(name), time.monotonic()
+def build_repository(path: Path, disk: Disk, count: int, codec: str) -> list[str]:
+    """Write a full point and `count` deltas into a new repository, through the library. Returns the points in order."""
     Repository.init(str(path), codec_name=codec)
-    points, end = {}, None
+    points, end = [], None
     with Repository.open(str(path)) as repository, repository.writer() as writer:
         for number in range(count + 1):
             changes = disk.changes(number) if number else _data(disk.raw)
             end = _add_point(repository, writer, end, number, disk.size, changes)
-            if number in depths:
-                points[number] = end.point
-    report.say(f"  {(time.monotonic() - started) / (count + 1) * 1000:.0f} ms a point")
+            points.append(end.point)
     return points
 
 
 def _data(raw: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield what is not zero in a file, a step at a time."""
+    """Yield what is not zero in a sparse file, a step at a time."""
     with raw.open("rb", buffering=0) as file:
-        for offset in range(0, raw.stat().st_size, _STEP):
-            piece = file.read(_STEP)
-            if piece.strip(b"\0"):
-                yield offset, piece
+        for start, end in data_extents(file.fileno()):
+            for offset in range(start // CHUNK * CHUNK, end, _STEP):
+                piece = os.pread(file.fileno(), min(_STEP, -(-end // CHUNK) * CHUNK - offset), offset)
+                if piece.strip(b"\0"):
+                    yield offset, piece
 
 
-def _add_point(
+def data_extents(fd: int) -> Iterator[tuple[int, int]]:
+    """Walk over a file by SEEK_DATA and SEEK_HOLE; yield where each piece of data begins and ends."""
+    end = 0
+    while True:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError as e:
+            if e.errno == errno.ENXIO:
+                return
+            raise
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, end
+
+
+def _add_point(  # noqa: PLR0917
     repository: Repository,
     writer: Writer,
     end: ChainEnd | None,
@@ -151,15 +149,18 @@ def _add_point(
     return ChainEnd(manifest.id, entry, repository.open_image("vm", manifest.id, "vda"))
 
 
-def overlay_path(place: Workplace, name: str, number: int) -> Path:
-    """Return the path of the qcow2 file that shows the disk after so many deltas."""
-    return place.path(name) / f"{number}.qcow2"
-
-
-def build_overlays(place: Workplace, report: Report, name: str, disk: Disk, count: int) -> None:
-    """Make the same chain of qcow2 files in a folder: 0.qcow2, and an overlay for each delta."""
-    report.say(f"making a chain of {count} qcow2 overlays")
-    place.path(name).mkdir()
-    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", disk.raw, overlay_path(place, name, 0))
+def build_overlays(folder: Path, disk: Disk, count: int) -> None:
+    """Make the same chain of qcow2 files in a new folder: 0.qcow2, and an overlay for each delta."""
+    folder.mkdir()
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", disk.raw, folder / "0.qcow2")
     for number in range(1, count + 1):
-        write_overlay(overlay_path(place, name, number), disk.size, disk.changes(number), f"{number - 1}.qcow2")
+        write_overlay(folder / f"{number}.qcow2", disk.size, disk.changes(number), f"{number - 1}.qcow2")
+
+
+def build_file(path: Path, disk: Disk, count: int) -> None:
+    """Make the same disk after so many deltas, a sparse raw file."""
+    run("cp", "--sparse=always", disk.raw, path)
+    with path.open("r+b", buffering=0) as file:
+        for number in range(1, count + 1):
+            for offset, data in disk.changes(number):
+                os.pwrite(file.fileno(), data, offset)
