@@ -117,7 +117,7 @@ def exported_by_qemu(place: Workplace, image: Path, depth: int, size: int) -> It
 
 @contextlib.contextmanager
 def shown_by_nbdfuse(place: Workplace, image: Path, depth: int, size: int) -> Iterator[tuple[Path, tuple[int, ...]]]:
-    """Show a qcow2, with its backing files, by nbdfuse on a qemu-nbd; yield the path and the processes. Raises Failed."""
+    """Show a qcow2 and its backing files by nbdfuse on a qemu-nbd; yield the path and the processes. Raises Failed."""
     address, folder = place.new_socket(), place.new_path("nbdfuse")
     folder.mkdir()
     path = folder / "disk.raw"

@@ -22,7 +22,14 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A workload at a depth: a cell for each contender, and the units of the values and of the processor time."""
+    """A workload at a depth.
+
+    Attributes:
+        depth: deltas.
+        unit, cpu_unit: of the cells' values, and of their processor time.
+        cells: by contender.
+        loads: the machine's load average after each round.
+    """
 
     workload: str
     title: str
@@ -30,12 +37,13 @@ class Line:
     unit: str
     cpu_unit: str
     cells: dict[str, Cell]
+    loads: list[float]
 
     def as_dict(self) -> dict[str, object]:
         """Return it for the JSON."""
         cells = {who: {"values": cell.values, "cpu": cell.cpu} for who, cell in self.cells.items()}
         names = {"workload": self.workload, "title": self.title, "deltas": self.depth}
-        return names | {"unit": self.unit, "cpu_unit": self.cpu_unit, "contenders": cells}
+        return names | {"unit": self.unit, "cpu_unit": self.cpu_unit, "contenders": cells, "loads": self.loads}
 
 
 def tabulate(lines: Iterable[Line], columns: Sequence[str]) -> list[tuple[str, ...]]:
