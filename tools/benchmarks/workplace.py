@@ -11,7 +11,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -119,18 +119,19 @@ class Workplace:
     @contextlib.contextmanager
     def mounted(self, repository: Path, *, read_lane: bool = True, passthrough: bool = True) -> Iterator["Mount"]:
         """Mount a repository by `backupfs mount` while the block runs; without the lane pyfuse3 answers reads."""
-        self._count += 1
-        place = self.path(f"mount-{self._count}")
+        place = self.new_path("mount")
         place.mkdir()
+        options = ["--foreground", *([] if passthrough else ["--no-passthrough"])]
+        command = [BACKUPFS, "-r", str(repository), "mount", *options, str(place)]
         try:
-            os.environ.update({} if read_lane else {_NO_LANE: "1"})
-            try:
-                run(BACKUPFS, "-r", repository, "mount", *([] if passthrough else ["--no-passthrough"]), place)
-            finally:
-                os.environ.pop(_NO_LANE, None)
-            yield Mount(place, find_mount_process(place))
+            with self.child(
+                command, lambda: os.path.ismount(place), environment={} if read_lane else {_NO_LANE: "1"}
+            ) as pid:
+                try:
+                    yield Mount(place, pid)
+                finally:
+                    unmount(place)  # before the process ends, which waits for who still has a file open
         finally:
-            subprocess.run([BACKUPFS, "umount", str(place)], capture_output=True, check=False)
             unmount(place)
 
     def new_socket(self) -> Path:
@@ -139,13 +140,22 @@ class Workplace:
         return self._sockets / str(self._count)
 
     @contextlib.contextmanager
-    def child(self, command: list[str], answered: Callable[[], bool]) -> Iterator[int]:
+    def child(
+        self, command: list[str], answered: Callable[[], bool], *, environment: Mapping[str, str] | None = None
+    ) -> Iterator[int]:
         """Run a server while the block runs, from when it answers on; yield its id. Raises Failed.
 
         In a group of its own: Ctrl-C is ours to handle.
         """
         with tempfile.TemporaryFile() as words:
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=words, stderr=words, process_group=0)
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=words,
+                stderr=words,
+                process_group=0,
+                env={**os.environ, **(environment or {})},
+            )
             try:
                 try:
                     _wait_until(child, answered)
@@ -200,17 +210,6 @@ def processor_s(pid: int) -> float:
     """Return the processor time that a process has used, all of its threads, seconds. Source: proc(5)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def find_mount_process(place: Path) -> int:
-    """Return the id of the process that answers for a mount point. Raises Failed."""
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            with contextlib.suppress(OSError):
-                words = (folder / "cmdline").read_bytes().split(b"\0")
-                if b"mount" in words and os.fsencode(place) in words and int(folder.name) != os.getpid():
-                    return int(folder.name)
-    raise Failed(f"no process is found that answers for {place}")
 
 
 def unmount(place: Path) -> None:
