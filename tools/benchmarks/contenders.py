@@ -20,8 +20,8 @@ LEGEND = {
     ZSTD: "backupfs, codec zstd, the read lane",
     PYFUSE3: "backupfs, codec none, pyfuse3's plain path (BACKUPFS_NO_READ_LANE=1)",
     PASSTHROUGH: "backupfs, a hydrated point, read by the kernel",
-    QEMU: "qemu-storage-daemon's FUSE export of as many qcow2 overlays",
-    NBDFUSE: "nbdfuse over qemu-nbd of as many qcow2 overlays",
+    QEMU: "qemu-storage-daemon's FUSE export of as many qcow2 overlays; above 100 io_uring for the topmost only",
+    NBDFUSE: "nbdfuse over qemu-nbd of as many qcow2 overlays, up to 100",
     NATIVE: "the same bytes in a raw file of the host's file system",
 }
 # Above, opening node by node takes QEMU minutes: the files behind are then opened as it likes, not as we say.
