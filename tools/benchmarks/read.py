@@ -1,292 +1,273 @@
-"""`tools/bench read`: reads of points deep in a chain, against QEMU's FUSE export of a chain of qcow2 overlays.
+"""`tools/bench read`: reads of points with so many deltas, against the peers that show as many qcow2 overlays.
 
-Both chains hold the same bytes: a disk of real files, and on it the same 64 changed chunks a delta or overlay.
+Everybody shows the same bytes, and has processes of its own for each disk. Warm: the files behind are in the page
+cache, and everybody has read the disk once. Cold: new processes that have opened the disk, and nothing is in the page
+cache. Each round measures everybody once, in turn.
 """
 
 import argparse
 import contextlib
 import os
-import subprocess
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
-from backupfs.repository.point import PointImage
-from backupfs.repository.repository import Repository, Writer
-from backupfs.repository.writer import ChainEnd
-from backupfs.units import GiB, KiB, MiB
-from benchmarks.disks import distinct, forget, make_real_disk, warm, writing
-from benchmarks.random_reads import reads_per_second
+from benchmarks import chart
+from benchmarks.chains import CHUNK
+from benchmarks.contenders import (
+    LEGEND,
+    NATIVE,
+    NBDFUSE,
+    NONE,
+    OURS,
+    PASSTHROUGH,
+    PEERS,
+    PYFUSE3,
+    QEMU,
+    ZSTD,
+    Chain,
+    Contender,
+    drop_caches,
+    hydrate,
+    opened,
+)
+from benchmarks.disks import warm
+from benchmarks.fio import read_in_order
+from benchmarks.grid import Cell, Line, tabulate
+from benchmarks.read_data import DISK, SPARSE, Data, find_sizes
 from benchmarks.report import Report, Row
-from benchmarks.workplace import Failed, Mount, Workplace, run
+from benchmarks.workloads import WORKLOADS, Workload, walk
+from benchmarks.workplace import Failed, Workplace
 
-_CHUNK = 64 * KiB
-_CHANGES = 64  # chunks a delta
-_STEP = 4 * MiB  # written at a time into the base
-_DEEP = 0.9  # of point 1's reads
-_PLAIN = "pyfuse3"  # a mount of codec none whose reads are answered by pyfuse3
-_TIMES_PLAIN = 3
-# (codec, overlays) -> at least so many times QEMU's reads: 4 KiB random, 4 in flight; sequential
-_TIMES_RANDOM = {("none", 1): 1.4, ("none", 30): 2.5, ("none", 100): 7.0, ("zstd", 30): 1.3}
-_TIMES_SEQUENTIAL = {("none", 30): 2.0, ("zstd", 30): 1.3}
-_CODECS = ("none", "zstd")
-_MOMENT = datetime(2026, 1, 1, tzinfo=UTC)
-
-Changes = tuple[int, Iterator[tuple[int, memoryview]]]  # the disk's size, and what is written: offset and bytes
-Values = dict[tuple[str, int], list[float]]  # (contender, deltas) -> a value a round
+_DEPTHS = (0, 1, 30, 100, 365, 1000)
+_QUICK_DEPTHS = (0, 1, 30, 100)
+_DEEP = 30  # deltas, where only one depth is measured
+_WARM_S = 8.0  # a disk is read once before, or as far as it goes in this time
+_IDLE_SHARE = 0.1  # of a processor: less is idle
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What is built and measured: how many deltas lie on the base at each point that is read."""
+class Limit:
+    """What a median of ratios has to be: of one contender at one depth to another."""
 
-    size: int
-    depths: tuple[int, ...]
-    overlays: tuple[int, ...]
-    rounds: int
-    seconds: float
+    workload: str
+    ours: tuple[str, int]
+    peer: tuple[str, int]
+    at_least: float | None = None
+    at_most: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Deltas:
-    """The changes, always the same ones: chunks of the disk moved elsewhere, each with a mark of its own."""
-
-    disk: np.ndarray  # the whole disk, bytes
-
-    def of(self, number: int) -> list[tuple[int, bytes]]:
-        """Return (offset, bytes) of each change of a delta, in order."""
-        rng = np.random.default_rng(number)
-        chunks = len(self.disk) // _CHUNK
-        places, sources = np.sort(distinct(rng, chunks, _CHANGES)), rng.integers(0, chunks, _CHANGES)
-        changes = []
-        for i, (place, source) in enumerate(zip(places.tolist(), sources.tolist(), strict=True)):
-            mark = number.to_bytes(8, "little") + i.to_bytes(8, "little")
-            start = source * _CHUNK
-            changes.append((place * _CHUNK, mark + self.disk[start + len(mark) : start + _CHUNK].tobytes()))
-        return changes
+_LIMITS = (
+    Limit("random-direct-4", (NONE, 0), (QEMU, 0), at_least=1.4),
+    Limit("random-direct-4", (NONE, 30), (QEMU, 30), at_least=2.5),
+    Limit("random-direct-4", (NONE, 100), (QEMU, 100), at_least=7),
+    Limit("random-direct-4", (NONE, 1000), (NONE, 0), at_least=0.9),
+    Limit("random-direct-4", (NONE, 30), (PYFUSE3, 30), at_least=3),
+    Limit("random-direct-4", (ZSTD, 30), (QEMU, 30), at_least=1.3),
+    Limit("sequential", (NONE, 30), (QEMU, 30), at_least=2),
+    Limit("sequential", (ZSTD, 30), (QEMU, 30), at_least=1.3),
+    Limit("files", (NONE, 30), (NATIVE, 30), at_most=1.5),
+    Limit("files", (ZSTD, 30), (NATIVE, 30), at_most=1.5),
+    *(
+        Limit(name, (PASSTHROUGH, 30), (NATIVE, 30), at_least=0.9)
+        for name in ("random-direct-4", "random-cached-4", "sequential-direct", "sequential")
+    ),
+)
 
 
 def run_benchmark(place: Workplace, report: Report, arguments: argparse.Namespace) -> None:
-    """Build both chains, then measure."""
-    quick = arguments.quick
-    raw = place.path("disk.raw")
-    size = make_real_disk(raw, arguments.size or (128 * MiB if quick else GiB))
-    plan = Plan(
-        size=size,
-        depths=(1, 30, 100) if quick else (1, 30, 100, 365, 1000),
-        overlays=(1, 30, 100) if quick else (1, 30, 100, 365),
-        rounds=arguments.rounds,
-        seconds=arguments.seconds or (0.5 if quick else 2),
-    )
-    deltas = Deltas(np.memmap(raw, np.uint8, "r"))
-    points = {codec: build_repository(place, report, codec, deltas, plan) for codec in _CODECS}
-    build_overlays(place, report, raw, deltas, max(plan.overlays))
-    warm(*(p for p in place.folder.rglob("*") if p.suffix in (".layer", ".qcow2")))
-    with contextlib.ExitStack() as stack:
-        mounts = {codec: stack.enter_context(place.mounted(place.path(codec))) for codec in _CODECS}
-        plain = stack.enter_context(place.mounted(place.path("none"), read_lane=False))
-        exports = dict(_exports(place, report, plan, stack))
-        disks = {(c, n): mounts[c].disk(points[c][n]) for c in _CODECS for n in plan.depths}
-        disks[_PLAIN, 30] = plain.disk(points["none"][30])
-        disks |= {("qemu", n): path for n, path in exports.items()}
-        compare(disks)
-        _wait_for_checks(report, mounts | {_PLAIN: plain})
-        for in_flight in (1, 4):
-            measure_random(report, plan, disks, in_flight)
-        measure_sequential(report, plan, disks)
-    for codec in _CODECS:
-        measure_images(report, plan, place.path(codec), codec, points[codec])
-
-
-def build_repository(place: Workplace, report: Report, codec: str, deltas: Deltas, plan: Plan) -> dict[int, str]:
-    """Write a full point and its deltas through the library. Returns the points that are read, by their depth."""
-    count = max(plan.depths)
-    report.say(f"making a repository with {count} deltas, codec {codec}")
-    path = place.path(codec)
-    Repository.init(str(path), codec_name=codec)
-    started = time.monotonic()
-    with Repository.open(str(path)) as repository, repository.writer() as writer:
-        data = memoryview(deltas.disk)
-        whole = ((offset, data[offset : offset + _STEP]) for offset in range(0, plan.size, _STEP))
-        end = _add_point(repository, writer, None, 0, (plan.size, whole))
-        points = {}
-        for number in range(1, count + 1):
-            changes = ((offset, memoryview(chunk)) for offset, chunk in deltas.of(number))
-            end = _add_point(repository, writer, end, number, (plan.size, changes))
-            if number in plan.depths:
-                points[number] = end.point
-    report.say(f"  {(time.monotonic() - started) / (count + 1) * 1000:.0f} ms a point")
-    return points
-
-
-def _add_point(repository: Repository, writer: Writer, end: ChainEnd | None, number: int, changes: Changes) -> ChainEnd:
-    """Write a point of one disk; return what the next one continues."""
-    size, pieces = changes
-    point = writer.begin("vm", _MOMENT + timedelta(hours=number))
+    """Build what is read, unless it is there; measure; show the table, and draw the chart."""
+    depths = tuple(sorted(set(arguments.deltas or (_QUICK_DEPTHS if arguments.quick else _DEPTHS))))
+    benchmark = _Benchmark(place, report, arguments, depths)
+    wanted = [w for w in WORKLOADS if not arguments.only or w.name in arguments.only]
     try:
-        chain = end.entry.chain if end else writer.next_chain("vm", "vda", "main")
-        target = point.add_disk("vda", size, chain, end)
-        for offset, data in pieces:
-            target.write(offset, data)
-        entry = point.finish_disk(target, read="all", reason="a benchmark")
-        manifest = writer.commit(point, parent=end.point if end else None)
+        for (chain, fresh, _), workloads in groupby(wanted, lambda w: (w.chain, w.fresh, w.everywhere)):
+            benchmark.measure(chain, fresh, list(workloads))
     finally:
-        point.abandon()
-    return ChainEnd(manifest.id, entry, repository.open_image("vm", manifest.id, "vda"))
+        benchmark.finish(arguments.chart)
 
 
-def build_overlays(place: Workplace, report: Report, raw: Path, deltas: Deltas, count: int) -> None:
-    """Make the same chain of qcow2 files: 0.qcow2, and an overlay for each delta."""
-    report.say(f"making a chain of {count} qcow2 overlays")
-    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, place.path("0.qcow2"))
-    for number in range(1, count + 1):
-        overlay, behind = place.path(f"{number}.qcow2"), place.path(f"{number - 1}.qcow2")
-        # Whole clusters are written, so nothing is read of the files behind: they are hidden, which saves opening them.
-        run("qemu-img", "create", "-q", "-f", "qcow2", overlay, str(len(deltas.disk)))
-        with writing(place, overlay, "qcow2") as handle:
-            for offset, data in deltas.of(number):
-                handle.pwrite(data, offset)
-        run("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", behind, overlay)
+class _Benchmark:
+    def __init__(
+        self, place: Workplace, report: Report, arguments: argparse.Namespace, depths: tuple[int, ...]
+    ) -> None:
+        self._place, self._report = place, report
+        self._rounds, self._depths = arguments.rounds, depths
+        self._seconds = arguments.seconds or (0.3 if arguments.quick else 1)
+        self._deep = min(_DEEP, max(depths))
+        sizes = find_sizes(arguments, depths, self._deep)
+        self._data = Data(place, report, Path(arguments.data or place.path("data")).resolve(), sizes)
+        self._hydrated: set[Path] = set()
+        self._lines: list[Line] = []
+        for who in (*OURS, *PEERS):
+            report.say(f"{who + ':':12} {LEGEND[who]}")
+
+    def measure(self, chain_name: str, fresh: bool, workloads: Sequence[Workload]) -> None:
+        """Measure workloads with the same disks open; or each time with new processes."""
+        line_up = sorted({key for w in workloads for key in self._line_up(w)}, key=lambda key: key[1])
+        if not line_up:
+            return
+        chain = self._data.chain(chain_name)
+        if any(who == PASSTHROUGH for who, _ in line_up) and chain.folder not in self._hydrated:
+            hydrate(chain, self._deep)
+            self._hydrated.add(chain.folder)
+        if fresh:
+            for workload in workloads:
+                self._measure_rounds(workload, chain, self._line_up(workload), {})
+            return
+        with contextlib.ExitStack() as stack:
+            contenders = {}
+            for who, depth in line_up:
+                started = time.monotonic()
+                try:
+                    contenders[who, depth] = stack.enter_context(opened(self._place, chain, who, depth))
+                except Failed as e:
+                    self._report.note(f"left out: {who} with {depth} deltas: {e}")
+                    continue
+                if (took := time.monotonic() - started) > 3:
+                    self._report.note(f"{who} with {depth} deltas took {took:.0f} s to start")
+            if chain_name == DISK:
+                self._warm(chain, list(contenders.values()))
+            if chain_name == SPARSE:
+                contenders = self._same_walks(contenders)
+            for workload in workloads:
+                keys = [key for key in self._line_up(workload) if key in contenders]
+                self._measure_rounds(workload, chain, keys, contenders)
+
+    def _line_up(self, workload: Workload) -> list[tuple[str, int]]:
+        """Return who is measured at which depth, those of one depth next to each other."""
+        ours_and_qemu = [(w, d) for d in self._depths if d in workload.depths for w in (NONE, ZSTD, QEMU)]
+        nbdfuse = [(NBDFUSE, d) for d in self._depths if d in workload.depths and d <= 100]
+        deep = [(w, self._deep) for w in (*OURS, *PEERS) if self._deep in self._depths and w not in workload.without]
+        return sorted({*ours_and_qemu, *nbdfuse, *deep}, key=lambda key: (key[1], (*OURS, *PEERS).index(key[0])))
+
+    def _warm(self, chain: Chain, contenders: Sequence[Contender]) -> None:
+        started = time.monotonic()
+        warm(*(p for p in chain.folder.rglob("*") if p.is_file() and p.parent != chain.folder))
+        _compare(contenders)
+        for contender in contenders:
+            read_in_order(contender.path, _WARM_S, direct=False, keep=False)
+        _wait_until_idle(contenders, 1)
+        self._report.say(f"warmed in {time.monotonic() - started:.0f} s")
+
+    def _same_walks(self, contenders: dict[tuple[str, int], Contender]) -> dict[tuple[str, int], Contender]:
+        """Return those that find the same data as a raw file has. Raises Failed where backupfs does not."""
+        right = {}
+        native = contenders.get((NATIVE, self._deep))
+        wanted = walk(native.path) if native else None
+        for key, contender in contenders.items():
+            found = walk(contender.path)
+            wanted = wanted or found
+            if found == wanted:
+                right[key] = contender
+                continue
+            what = f"{key[0]} finds {len(found):,} pieces of data of {len(wanted):,}"
+            if key[0] in (NONE, ZSTD):
+                raise Failed(what)
+            self._report.note(f"left out of the walk: {what}")
+        return right
+
+    def _measure_rounds(
+        self,
+        workload: Workload,
+        chain: Chain,
+        keys: Sequence[tuple[str, int]],
+        contenders: dict[tuple[str, int], Contender],
+    ) -> None:
+        cells = {key: Cell() for key in keys}
+        loads: list[float] = []
+        for depth in sorted({depth for _, depth in keys}):
+            at = {who: cell for (who, d), cell in cells.items() if d == depth}
+            units = workload.unit, workload.cpu_unit
+            self._lines.append(Line(workload.name, workload.title, depth, *units, at, loads))
+        for key in keys:
+            if workload.prepare and key in contenders:
+                workload.prepare(contenders[key])
+        said: dict[int, set[str]] = {}
+        for number in range(self._rounds):
+            for key in keys:
+                with self._ready(chain, key, contenders) as contender:
+                    used = contender.cpu_s()
+                    sample = workload.measure(self._place, contender, self._seconds)
+                    used = contender.cpu_s() - used
+                cells[key].values.append(sample.value)
+                if contender.pids:
+                    cells[key].cpu.append(used / sample.work)
+                if sample.said:
+                    said.setdefault(key[1], set()).add(sample.said)
+            loads.append(os.getloadavg()[0])
+            self._report.say(f"{workload.title}: round {number + 1} of {self._rounds}, load {loads[-1]:.1f}")
+        if any(len(different) > 1 for different in said.values()):
+            raise Failed(f"{workload.title}: not everybody has the same bytes: {said}")
+
+    @contextlib.contextmanager
+    def _ready(
+        self, chain: Chain, key: tuple[str, int], contenders: dict[tuple[str, int], Contender]
+    ) -> Iterator[Contender]:
+        if key in contenders:
+            yield contenders[key]
+            return
+        with opened(self._place, chain, *key) as contender, contender.path.open("rb", buffering=0) as file:
+            file.read(CHUNK)
+            _wait_until_idle([contender], 0.2)
+            drop_caches()
+            yield contender
+
+    def finish(self, chart_path: str | None) -> None:
+        """Show everything that was measured, also after an error in the middle; and the limits."""
+        if not self._lines:
+            return
+        self._report.add_table(tabulate(self._lines, (*OURS, *PEERS)), [line.as_dict() for line in self._lines])
+        cells = {(line.workload, who, line.depth): c for line in self._lines for who, c in line.cells.items()}
+        titles = {line.workload: (line.title, line.unit) for line in self._lines}
+        for limit in _LIMITS:
+            ours = cells.get((limit.workload, *limit.ours), Cell()).values
+            theirs = cells.get((limit.workload, *limit.peer), Cell()).values
+            if ours and len(ours) == len(theirs):
+                title, unit = titles[limit.workload]
+                what, peer = f"{title}: {_name(limit.ours)}", _name(limit.peer)
+                self._report.add(Row(what, ours, unit, peer, theirs, at_least=limit.at_least, at_most=limit.at_most))
+        if chart_path:
+            drawn = [line for line in self._lines if line.workload == "random-direct-4"]
+            medians = {
+                who: {line.depth: statistics.median(line.cells[who].values) for line in drawn if _has(line, who)}
+                for who in (NONE, ZSTD, PYFUSE3, QEMU, NBDFUSE)
+            }
+            series = {LEGEND[who]: points for who, points in medians.items() if points}
+            chart.draw(Path(chart_path), "4 KiB random reads a second, O_DIRECT, 4 in flight", "deltas", series)
 
 
-def _exports(place: Workplace, report: Report, plan: Plan, stack: contextlib.ExitStack) -> Iterator[tuple[int, Path]]:
-    for number in plan.overlays:
-        try:
-            yield number, stack.enter_context(place.exported_by_qemu(place.path(f"{number}.qcow2"), plan.size))
-        except Failed as e:
-            report.note(f"qemu-storage-daemon with {number} overlays: {e}")
+def _has(line: Line, who: str) -> bool:
+    return who in line.cells and bool(line.cells[who].values)
 
 
-def compare(disks: dict[tuple[str, int], Path]) -> None:
-    """Check that everything that is called the same disk holds the same bytes, in samples. Raises Failed."""
+def _name(key: tuple[str, int]) -> str:
+    return f"{key[0]}, {key[1]} deltas"
+
+
+def _compare(contenders: Sequence[Contender]) -> None:
+    """Check in samples that all of one depth hold the same bytes. Raises Failed."""
     rng = np.random.default_rng(0)
-    by_depth: dict[int, dict[str, list[bytes]]] = {}
-    offsets = (rng.integers(0, next(iter(disks.values())).stat().st_size // _CHUNK, 200) * _CHUNK).tolist()
-    for (name, depth), path in disks.items():
-        with path.open("rb", buffering=0) as file:
-            by_depth.setdefault(depth, {})[name] = [os.pread(file.fileno(), _CHUNK, o) for o in offsets]
-    for depth, contents in by_depth.items():
-        first = next(iter(contents.values()))
-        if any(content != first for content in contents.values()):
-            raise Failed(f"with {depth} deltas {', '.join(contents)} do not hold the same bytes")
+    offsets = (rng.integers(0, contenders[0].path.stat().st_size // CHUNK, 100) * CHUNK).tolist()
+    by_depth: dict[int, list[bytes]] = {}
+    for contender in contenders:
+        with contender.path.open("rb", buffering=0) as file:
+            content = [os.pread(file.fileno(), CHUNK, offset) for offset in offsets]
+        if content != by_depth.setdefault(contender.depth, content):
+            raise Failed(f"{contender.who} with {contender.depth} deltas does not hold the bytes that others do")
 
 
-def _wait_for_checks(report: Report, mounts: dict[str, Mount]) -> None:
-    for codec, mount in mounts.items():
-        report.say(f"mount, codec {codec}: idle after {mount.wait_until_idle():.0f} s")
-
-
-def measure_in_turn(
-    report: Report, rounds: int, what: str, disks: dict[tuple[str, int], Path], measure: Callable[[Path], float]
-) -> Values:
-    """Measure every disk once a round, those of one depth next to each other; a first round does not count."""
-    values: Values = {key: [] for key in disks}
-    for number in range(rounds + 1):
-        for key in sorted(disks, key=lambda k: k[1]):
-            value = measure(disks[key])
-            if number:
-                values[key].append(value)
-        report.say(f"{what}: round {number} of {rounds}" + ("" if number else ", the warming up"))
-    return values
-
-
-def measure_random(report: Report, plan: Plan, disks: dict[tuple[str, int], Path], in_flight: int) -> None:
-    """Compare random 4 KiB reads: with point 1, and with QEMU at the same depth."""
-    what = f"4 KiB random, {in_flight} in flight"
-    values = measure_in_turn(
-        report, plan.rounds, what, disks, lambda path: reads_per_second(path, in_flight, plan.seconds)
-    )
-    for codec in _CODECS:
-        add_depth_rows(report, plan, f"{what}, {codec}", "reads/s", {n: values[codec, n] for n in plan.depths})
-        for n in plan.overlays:
-            if ("qemu", n) in values:
-                limit = _TIMES_RANDOM.get((codec, n)) if in_flight == 4 else None
-                add_peer_row(report, what, "reads/s", values, (codec, n), limit)
-    ours, plain = values["none", 30], values[_PLAIN, 30]
-    report.add(Row(f"{what}, none, 30 deltas", ours, "reads/s", "pyfuse3's reads", plain, at_least=_TIMES_PLAIN))
-    rows = sorted((n, v) for (name, n), v in values.items() if name == "qemu" and n != 1)
-    for n, v in rows:
-        report.add(Row(f"{what}, qemu alone, {n} overlays", v, "reads/s", "its overlay 1", values["qemu", 1]))
-
-
-def add_depth_rows(report: Report, plan: Plan, what: str, unit: str, by_depth: dict[int, list[float]]) -> None:
-    """Compare each point with the first of them."""
-    for n in plan.depths[1:]:
-        report.add(Row(f"{what}, {n} deltas", by_depth[n], unit, "point 1", by_depth[1], at_least=_DEEP))
-
-
-def add_peer_row(  # noqa: PLR0917
-    report: Report, what: str, unit: str, values: Values, key: tuple[str, int], limit: float | None
-) -> None:
-    """Compare with QEMU at a depth; where we have no point of that depth, our next deeper one."""
-    codec, overlays = key
-    depth = min((n for name, n in values if name == codec and n >= overlays), default=None)
-    if depth is not None:
-        peer, theirs = f"qemu, {overlays} overlays", values["qemu", overlays]
-        ours = values[codec, depth]
-        report.add(Row(f"{what}, {codec}, {depth} deltas", ours, unit, peer, theirs, at_least=limit))
-
-
-def measure_sequential(report: Report, plan: Plan, disks: dict[tuple[str, int], Path]) -> None:
-    """Compare reads of the whole disk by dd, through the page cache (emptied before) and without it."""
-    wanted = {key: path for key, path in disks.items() if key[1] in (1, 30, 365) and key[0] != _PLAIN}
-    for flags in ((), ("iflag=direct",)):
-        what = "sequential, direct" if flags else "sequential"
-
-        def once(path: Path, flags: tuple[str, ...] = flags) -> float:
-            forget(path)
-            started = time.monotonic()
-            subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=1M", "status=none", *flags], check=True)
-            return plan.size / MiB / (time.monotonic() - started)
-
-        values = measure_in_turn(report, plan.rounds, what, wanted, once)
-        for codec in _CODECS:
-            for n in plan.overlays:
-                if ("qemu", n) in values:
-                    limit = None if flags else _TIMES_SEQUENTIAL.get((codec, n))
-                    add_peer_row(report, what, "MiB/s", values, (codec, n), limit)
-
-
-def measure_images(report: Report, plan: Plan, path: Path, codec: str, points: dict[int, str]) -> None:
-    """Measure without FUSE: reads in one thread of this process, and how soon a point that is opened answers."""
-    rng = np.random.default_rng(1)
-    offsets = (rng.integers(0, plan.size // 4096, 20_000) * 4096).tolist()
-    reads: dict[int, list[float]] = {n: [] for n in points}
-    first: dict[int, list[float]] = {n: [] for n in points}
-    cold: list[float] = []
-    for number in range(plan.rounds + 1):
-        for n, point in points.items():
-            started = time.monotonic()
-            with Repository.open(str(path)) as repository:
-                repository.open_image("vm", point, "vda").readinto(0, bytearray(4096))
-                cold.append((time.monotonic() - started) * 1000)
-                first[n].append(_first_byte_ms(repository, point, offsets[number]))
-                value = _image_reads(repository.open_image("vm", point, "vda"), offsets, plan.seconds)
-                if number:
-                    reads[n].append(value)
-    add_depth_rows(report, plan, f"4 KiB random, no FUSE, {codec}", "reads/s", reads)
-    firsts = [value for values in first.values() for value in values]
-    report.add(Row(f"open_image to first byte, {codec}", firsts, "ms"))
-    report.add(Row(f"  with Repository.open, {len(points)} of {max(points) + 1} points", cold, "ms"))
-
-
-def _first_byte_ms(repository: Repository, point: str, offset: int) -> float:
-    started = time.monotonic()
-    repository.open_image("vm", point, "vda").readinto(offset, bytearray(4096))
-    return (time.monotonic() - started) * 1000
-
-
-def _image_reads(image: PointImage, offsets: list[int], seconds: float) -> float:
-    buffer = bytearray(4096)
-    for offset in offsets[:: max(1, len(offsets) // 2000)]:
-        image.readinto(offset, buffer)
-    started, done = time.monotonic(), 0
-    while (took := time.monotonic() - started) < seconds:
-        for i in range(done, done + 64):
-            image.readinto(offsets[i % len(offsets)], buffer)
-        done += 64
-    return done / took
+def _wait_until_idle(contenders: Sequence[Contender], every_s: float, limit_s: float = 300) -> None:
+    """Wait until nobody works any more: points that were opened are checked in the background."""
+    started, used, quiet = time.monotonic(), -1.0, 0
+    while quiet < 2:
+        if time.monotonic() - started > limit_s:
+            raise Failed(f"somebody still works after {limit_s:.0f} s")
+        time.sleep(every_s)
+        before, used = used, sum(c.cpu_s() for c in contenders)
+        quiet = quiet + 1 if used - before <= _IDLE_SHARE * every_s else 0

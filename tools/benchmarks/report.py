@@ -54,7 +54,11 @@ class Row:
         theirs = f"{self.peer} {format_value(statistics.median(self.theirs), self.unit)}" if self.theirs else ""
         ratios = self.ratios
         middle = f"{statistics.median(ratios):.2f}" if ratios else ""
-        shown = [f"{v:.2f}" for v in (min(ratios), max(ratios))] if ratios else [_number(v) for v in _range(self.ours)]
+        shown = (
+            [f"{v:.2f}" for v in (min(ratios), max(ratios))]
+            if ratios
+            else [format_number(v) for v in _range(self.ours)]
+        )
         limit = f"<= {self.at_most:g}" if self.at_most is not None else ""
         limit = f">= {self.at_least:g}" if self.at_least is not None else limit
         return self.workload, ours, theirs, middle, "–".join(shown) if len(self.ours) > 1 else "", limit, self.verdict
@@ -64,13 +68,14 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     return min(values), max(values)
 
 
-def _number(value: float) -> str:
+def format_number(value: float) -> str:
+    """Return a number to three digits, or to its unit."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def format_value(value: float, unit: str) -> str:
     """Return a number with its unit, to three digits."""
-    return f"{_number(value)} {unit}"
+    return f"{format_number(value)} {unit}"
 
 
 class Report:
@@ -86,12 +91,19 @@ class Report:
         self._machine = describe_machine(folder)
         self._rows: list[Row] = []
         self._notes: list[str] = []
+        self._tables: list[Sequence[tuple[str, ...]]] = []
+        self._lines: list[dict[str, object]] = []
         for name, value in self._machine.items():
             print(f"{name + ':':14}{value}", flush=True)
 
     def add(self, row: Row) -> None:
         """Add a row to the table."""
         self._rows.append(row)
+
+    def add_table(self, table: Sequence[tuple[str, ...]], lines: Sequence[dict[str, object]]) -> None:
+        """Add a table of its own, its head first, that is shown before the rows, and the same for the JSON."""
+        self._tables.append(table)
+        self._lines.extend(lines)
 
     def note(self, text: str) -> None:
         """Add a line below the table."""
@@ -104,13 +116,12 @@ class Report:
 
     def finish(self) -> None:
         """Print what there is, also after an error in the middle, and write the JSON."""
+        for table in self._tables:
+            _print_table(table)
         if self._rows:
             head = ("WORKLOAD", "OURS", "PEER", "RATIO", "MIN–MAX", "LIMIT", "")
             cells = [head, *(row.cells() for row in self._rows)]
-            widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
-            print()
-            for line in cells:
-                print("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip())
+            _print_table(cells)
             print(
                 "\nours and peer: medians; ratio: median of the rounds' ratios ours/peer, and their range; without a "
                 "peer the range of ours"
@@ -120,7 +131,15 @@ class Report:
         if self._options.get("json"):
             rows = [asdict(row) | {"ratios": row.ratios, "verdict": row.verdict} for row in self._rows]
             document = {"machine": self._machine, "options": self._options, "rows": rows, "notes": self._notes}
+            document |= {"lines": self._lines} if self._lines else {}
             Path(self._options["json"]).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def _print_table(table: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    print()
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def describe_machine(folder: Path) -> dict[str, str]:
@@ -135,6 +154,7 @@ def describe_machine(folder: Path) -> dict[str, str]:
         "load before": Path("/proc/loadavg").read_text().split()[0],
         "qemu": _line("qemu-img", "--version"),
         "nbdcopy": _line("nbdcopy", "--version"),
+        "fio": _line("fio", "--version"),
         "backupfs": f"{_line(BACKUPFS, '--version')} ({_commit()})",
         "python": sys.version.split()[0],
     }

@@ -10,17 +10,15 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from backupfs.units import GiB, MiB
 from benchmarks import payloads
+from benchmarks.chains import CODECS, MovedChunks, build_overlays, build_repository
 from benchmarks.disks import forget, make_real_disk, warm
-from benchmarks.read import Deltas, Plan, build_overlays, build_repository
 from benchmarks.report import BACKUPFS, Report, Row
 from benchmarks.workplace import Workplace, run
 
 _DELTAS = 30
-_CODECS = ("none", "zstd")
+_CHANGES = 64  # chunks a delta
 _AT_LEAST = 0.7  # of the peer's speed
 _LIMIT = "read and decompress, 1 thread"
 # What only reads, and its arguments: threads, and whether BLAKE3 is worked out too.
@@ -34,29 +32,30 @@ _PEERS = {
 def run_benchmark(place: Workplace, report: Report, arguments: argparse.Namespace) -> None:
     """Build both chains, then measure."""
     raw = place.path("disk.raw")
-    size = make_real_disk(raw, arguments.size or (128 * MiB if arguments.quick else GiB))
-    plan = Plan(size=size, depths=(_DELTAS,), overlays=(_DELTAS,), rounds=arguments.rounds, seconds=0)
-    deltas = Deltas(np.memmap(raw, np.uint8, "r"))
-    points = {name: build_repository(place, report, name, deltas, plan)[_DELTAS] for name in _CODECS}
-    build_overlays(place, report, raw, deltas, _DELTAS)
-    top = place.path(f"{_DELTAS}.qcow2")
+    make_real_disk(raw, arguments.size or (128 * MiB if arguments.quick else GiB))
+    disk = MovedChunks(raw, _CHANGES)
+    report.say(f"making two repositories and a qcow2 chain with {_DELTAS} deltas")
+    points = {name: build_repository(place.path(name), disk, _DELTAS, name)[-1] for name in CODECS}
+    build_overlays(place.path("qcow2"), disk, _DELTAS)
+    top = place.path("qcow2") / f"{_DELTAS}.qcow2"
     warm(*(p for p in place.folder.rglob("*") if p.suffix in (".layer", ".qcow2")))
     for stored in points.items():
-        measure_restore(place, report, plan, top, stored)
-    for name in _CODECS:
-        measure_verify(place, report, plan, name)
+        measure_restore(place, report, arguments.rounds, top, stored)
+    for name in CODECS:
+        measure_verify(place, report, arguments.rounds, name)
 
 
-def measure_restore(place: Workplace, report: Report, plan: Plan, top: Path, stored: tuple[str, str]) -> None:
+def measure_restore(place: Workplace, report: Report, rounds: int, top: Path, stored: tuple[str, str]) -> None:
     """Restore to a raw and to a qcow2 file, in turn with qemu-img; then over what is the same already.
 
     Args:
         stored: the codec, and the point.
     """
     name, point = stored
+    size = place.path("disk.raw").stat().st_size
     for image_format in ("raw", "qcow2"):
         ours, theirs = [], []
-        for number in range(plan.rounds + 1):
+        for number in range(rounds + 1):
             target, copy = place.path("target"), place.path("copy")
             for path in (target, copy):
                 path.unlink(missing_ok=True)
@@ -65,8 +64,8 @@ def measure_restore(place: Workplace, report: Report, plan: Plan, top: Path, sto
             # -t writeback: put on the disk at the end, as ours is; the default never is.
             peer = place.measure("qemu-img", "convert", "-t", "writeback", "-O", image_format, top, copy).seconds
             if number:
-                ours.append(plan.size / MiB / mine)
-                theirs.append(plan.size / MiB / peer)
+                ours.append(size / MiB / mine)
+                theirs.append(size / MiB / peer)
             else:
                 run("qemu-img", "compare", "-f", image_format, "-F", "qcow2", target, top)
         row = f"restore to {image_format}, {name}, {_DELTAS} deltas"
@@ -75,12 +74,12 @@ def measure_restore(place: Workplace, report: Report, plan: Plan, top: Path, sto
     target = place.path("target.raw")
     command = (BACKUPFS, "-r", place.path(name), "restore", f"vm/{point}/vda", target)
     run(*command, "--force")
-    again = [place.measure(*command, "--differential").seconds for _ in range(plan.rounds + 1)][1:]
-    report.add(Row(f"restore --differential, nothing differs, {name}", [plan.size / MiB / s for s in again], "MiB/s"))
+    again = [place.measure(*command, "--differential").seconds for _ in range(rounds + 1)][1:]
+    report.add(Row(f"restore --differential, nothing differs, {name}", [size / MiB / s for s in again], "MiB/s"))
     target.unlink()
 
 
-def measure_verify(place: Workplace, report: Report, plan: Plan, name: str) -> None:
+def measure_verify(place: Workplace, report: Report, rounds: int, name: str) -> None:
     """Verify all; in turn with processes that read and decompress the same payloads, one of which hashes them too."""
     repository = place.path(name)
     layers = list(repository.rglob("*.layer"))
@@ -88,7 +87,7 @@ def measure_verify(place: Workplace, report: Report, plan: Plan, name: str) -> N
     for cold in (False, True):
         speeds: dict[str, list[float]] = {what: [] for what in ("verify", *_PEERS)}
         peak = 0
-        for number in range(plan.rounds + 1):
+        for number in range(rounds + 1):
             for what, values in speeds.items():
                 for layer in layers if cold else ():
                     forget(layer)

@@ -26,7 +26,7 @@ from backupfs.repository.writer import ChainEnd, DiskWriter
 from backupfs.services.prune import delete
 from backupfs.units import GiB, MiB, TiB, format_size
 from benchmarks.disks import distinct, forget
-from benchmarks.random_reads import read_times
+from benchmarks.fio import read_times
 from benchmarks.report import BACKUPFS, Report, Row
 from benchmarks.workplace import Workplace
 

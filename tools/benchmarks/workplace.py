@@ -11,7 +11,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +20,7 @@ from typing import Self
 from benchmarks.report import BACKUPFS
 
 _NO_LANE = "BACKUPFS_NO_READ_LANE"
-_START_S = 30.0  # a server has to answer by then
+_START_S = 60.0  # a server has to answer by then
 _IDLE_S = 3  # a process is idle when it has used less than this share of a processor for so many seconds
 _IDLE_SHARE = 0.05
 
@@ -88,6 +88,11 @@ class Workplace:
         """Return the path of a work file."""
         return self.folder / name
 
+    def new_path(self, name: str) -> Path:
+        """Return a path that nobody has had before, which ends in this name."""
+        self._count += 1
+        return self.path(f"{self._count}-{name}")
+
     def measure(self, *command: str | Path) -> Spent:
         """Run a command and return what it took; nobody's dirty pages are left for it to wait for. Raises Failed.
 
@@ -105,67 +110,59 @@ class Workplace:
     @contextlib.contextmanager
     def serving(self, image: Path, image_format: str, *, writable: bool = False) -> Iterator[str]:
         """Export an image by qemu-nbd while the block runs; yield the URI. After it a writable image is complete."""
-        address = self._new_socket()
+        address = self.new_socket()
         mode = ["--cache=writeback"] if writable else ["--read-only"]
         command = ["qemu-nbd", "--persistent", "--shared=8", f"--format={image_format}", f"--socket={address}", *mode]
-        with self._child([*command, str(image)]) as child:
-            _wait_until(child, lambda: _accepts(address))
+        with self.child([*command, str(image)], lambda: accepts(address)):
             yield f"nbd+unix:///?socket={address}"
 
     @contextlib.contextmanager
-    def exported_by_qemu(self, image: Path, size: int) -> Iterator[Path]:
-        """Show a qcow2, with its backing files, as a raw file by qemu-storage-daemon's FUSE export; yield the path.
-
-        Raises:
-            Failed: the daemon ends before the export is there, for one because the chain is too long for it.
-        """
-        self._count += 1
-        place = self.path(f"export-{self._count}.raw")
-        place.touch()
-        node = f"driver=qcow2,node-name=disk,read-only=on,file.driver=file,file.filename={image}"
-        export = f"type=fuse,id=export,node-name=disk,mountpoint={place},writable=off"
-        with self._child(["qemu-storage-daemon", "--blockdev", node, "--export", export]) as child:
-            try:
-                _wait_until(child, lambda: place.stat().st_size == size)
-                yield place
-            finally:
-                _unmount(place)
-
-    @contextlib.contextmanager
-    def mounted(self, repository: Path, *, read_lane: bool = True) -> Iterator["Mount"]:
+    def mounted(self, repository: Path, *, read_lane: bool = True, passthrough: bool = True) -> Iterator["Mount"]:
         """Mount a repository by `backupfs mount` while the block runs; without the lane pyfuse3 answers reads."""
-        self._count += 1
-        place = self.path(f"mount-{self._count}")
+        place = self.new_path("mount")
         place.mkdir()
+        options = ["--foreground", *([] if passthrough else ["--no-passthrough"])]
+        command = [BACKUPFS, "-r", str(repository), "mount", *options, str(place)]
         try:
-            os.environ.update({} if read_lane else {_NO_LANE: "1"})
-            try:
-                run(BACKUPFS, "-r", repository, "mount", place)
-            finally:
-                os.environ.pop(_NO_LANE, None)
-            yield Mount(place, find_mount_process(place))
+            with self.child(
+                command, lambda: os.path.ismount(place), environment={} if read_lane else {_NO_LANE: "1"}
+            ) as pid:
+                try:
+                    yield Mount(place, pid)
+                finally:
+                    unmount(place)  # before the process ends, which waits for who still has a file open
         finally:
-            subprocess.run([BACKUPFS, "umount", str(place)], capture_output=True, check=False)
-            _unmount(place)
+            unmount(place)
 
-    def enter(self, context: "contextlib.AbstractContextManager[Path]") -> Path:
-        """Enter a context until the benchmark ends."""
-        return self._stack.enter_context(context)
-
-    def _new_socket(self) -> Path:
+    def new_socket(self) -> Path:
+        """Return a path, short enough for the address of a UNIX socket, that nobody has had before."""
         self._count += 1
         return self._sockets / str(self._count)
 
     @contextlib.contextmanager
-    def _child(self, command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-        """Run a server while the block runs. In a group of its own: Ctrl-C is ours to handle."""
+    def child(
+        self, command: list[str], answered: Callable[[], bool], *, environment: Mapping[str, str] | None = None
+    ) -> Iterator[int]:
+        """Run a server while the block runs, from when it answers on; yield its id. Raises Failed.
+
+        In a group of its own: Ctrl-C is ours to handle.
+        """
         with tempfile.TemporaryFile() as words:
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=words, stderr=words, process_group=0)
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=words,
+                stderr=words,
+                process_group=0,
+                env={**os.environ, **(environment or {})},
+            )
             try:
-                yield child
-            except Failed as e:
-                words.seek(0)
-                raise Failed(f"{command[0]}: {e}: {words.read().decode(errors='replace').strip()}") from e
+                try:
+                    _wait_until(child, answered)
+                except Failed as e:
+                    words.seek(0)
+                    raise Failed(f"{command[0]}: {e}: {words.read().decode(errors='replace').strip()}") from e
+                yield child.pid
             finally:
                 child.terminate()
                 try:
@@ -194,8 +191,7 @@ class Mount:
 
     def cpu_s(self) -> float:
         """Return the processor time that it has used, seconds."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return processor_s(self.pid)
 
     def wait_until_idle(self, limit_s: float = 1800) -> float:
         """Wait until it has nothing to do: the checks of the points that were opened are done. Returns the seconds."""
@@ -210,18 +206,14 @@ class Mount:
         raise Failed(f"the mount's process is still busy after {limit_s:.0f} s")
 
 
-def find_mount_process(place: Path) -> int:
-    """Return the id of the process that answers for a mount point. Raises Failed."""
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            with contextlib.suppress(OSError):
-                words = (folder / "cmdline").read_bytes().split(b"\0")
-                if b"mount" in words and os.fsencode(place) in words and int(folder.name) != os.getpid():
-                    return int(folder.name)
-    raise Failed(f"no process is found that answers for {place}")
+def processor_s(pid: int) -> float:
+    """Return the processor time that a process has used, all of its threads, seconds. Source: proc(5)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _unmount(place: Path) -> None:
+def unmount(place: Path) -> None:
+    """Take a mount away, also one whose process is dead."""
     if os.path.ismount(place) or _is_dead(place):
         subprocess.run(["umount", "--lazy", str(place)], capture_output=True, check=False)
 
@@ -236,7 +228,7 @@ def _is_dead(place: Path) -> bool:
     return False
 
 
-def _accepts(address: Path) -> bool:
+def accepts(address: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
         return probe.connect_ex(str(address)) == 0
 
