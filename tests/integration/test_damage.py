@@ -71,6 +71,7 @@ def judge_in_child(path: Path, points: dict[str, bytes]) -> int:
         code = CRASHED
         try:
             faulthandler.disable()  # pytest's
+            signal.alarm(100)  # a hanging one ends with a status of its own
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             code = judge(path, points)
         except BackupfsError:
