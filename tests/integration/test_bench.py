@@ -13,7 +13,7 @@ import pytest
 _BENCH = Path(__file__).parent.parent.parent / "tools" / "bench"
 _SMALL = ["--quick", "--rounds", "1", "--size", "16MiB", "--seconds", "0.05", "--deltas", "3"]
 _LIMIT_S = 240
-_OF_ALL = {"none", "zstd", "pyfuse3", "passthrough", "qemu", "nbdfuse", "native"}
+_OF_ALL = {"none", "zstd", "pyfuse3", "passthrough", "qemu", "qemu-threads", "nbdfuse", "native"}
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("fio"), reason="mounts, empties the page cache, and reads by fio"

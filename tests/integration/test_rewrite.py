@@ -238,10 +238,10 @@ def test_readers_do_not_notice(disk: Disk, monkeypatch: pytest.MonkeyPatch, open
             size = rng.choice([100, 4096, 3 * CHUNK])
             offset = rng.randrange(len(contents[point]) - size)
             image = images[point]
-            found = image.at_once(offset, size)
-            if found is None:
-                found = b"".join(image.gather(offset, size))
-            assert bytes(found) == contents[point][offset : offset + size]
+            found = bytearray(size)
+            if not image.at_once(offset, [memoryview(found)]):
+                found[:] = b"".join(image.gather(offset, size))
+            assert found == contents[point][offset : offset + size]
             reads += 1
         return reads
 

@@ -12,15 +12,16 @@ from benchmarks.report import BACKUPFS
 from benchmarks.workplace import Failed, Mount, Workplace, processor_s, run, unmount
 
 NONE, ZSTD, PYFUSE3, PASSTHROUGH = "none", "zstd", "pyfuse3", "passthrough"  # backupfs, and how
-QEMU, NBDFUSE, NATIVE = "qemu", "nbdfuse", "native"
+QEMU, QEMU_THREADS, NBDFUSE, NATIVE = "qemu", "qemu-threads", "nbdfuse", "native"
 OURS = (NONE, ZSTD, PYFUSE3, PASSTHROUGH)
-PEERS = (QEMU, NBDFUSE, NATIVE)
+PEERS = (QEMU, QEMU_THREADS, NBDFUSE, NATIVE)
 LEGEND = {
     NONE: "backupfs, codec none, the read lane",
     ZSTD: "backupfs, codec zstd, the read lane",
     PYFUSE3: "backupfs, codec none, pyfuse3's plain path (BACKUPFS_NO_READ_LANE=1)",
     PASSTHROUGH: "backupfs, a hydrated point, read by the kernel",
     QEMU: "qemu-storage-daemon's FUSE export of as many qcow2 overlays; above 100 io_uring for the topmost only",
+    QEMU_THREADS: "the same with QEMU's default aio=threads, up to 100",
     NBDFUSE: "nbdfuse over qemu-nbd of as many qcow2 overlays, up to 100",
     NATIVE: "the same bytes in a raw file of the host's file system",
 }
@@ -83,8 +84,12 @@ def opened(place: Workplace, chain: Chain, who: str, depth: int) -> Iterator[Con
         ways = {"read_lane": who != PYFUSE3, "passthrough": who == PASSTHROUGH}
         with place.mounted(chain.folder / codec, **ways) as mount:
             yield Contender(who, depth, mount.disk(chain.points[codec][depth]), _pids(mount))
-    elif who == QEMU:
-        with exported_by_qemu(place, chain.overlay(depth), depth, chain.size) as (path, pid):
+    elif who in (QEMU, QEMU_THREADS):
+        aio = "io_uring" if who == QEMU else "threads"
+        with exported_by_qemu(place, describe_chain(chain.overlay(depth), depth, aio), depth, chain.size) as (
+            path,
+            pid,
+        ):
             yield Contender(who, depth, path, (pid,))
     else:
         with shown_by_nbdfuse(place, chain.overlay(depth), depth, chain.size) as (path, pids):
@@ -97,15 +102,15 @@ def _pids(mount: Mount) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def exported_by_qemu(place: Workplace, image: Path, depth: int, size: int) -> Iterator[tuple[Path, int]]:
-    """Show a qcow2, with its backing files, by qemu-storage-daemon's FUSE export; yield the path and the process.
+def exported_by_qemu(place: Workplace, chain: dict[str, object], depth: int, size: int) -> Iterator[tuple[Path, int]]:
+    """Show a block node by qemu-storage-daemon's FUSE export; yield the path and the process.
 
     Raises:
         Failed: the daemon ends before the export is there, or takes too long.
     """
     path = place.new_path("export.raw")
     path.touch()
-    node = json.dumps(describe_chain(image, depth) | {"node-name": "disk"})
+    node = json.dumps(chain | {"node-name": "disk"})
     export = f"type=fuse,id=export,node-name=disk,mountpoint={path},writable=off"
     command = ["qemu-storage-daemon", "--blockdev", node, "--export", export]
     try:
@@ -138,22 +143,22 @@ def shown_by_nbdfuse(place: Workplace, image: Path, depth: int, size: int) -> It
         unmount(folder)
 
 
-def describe_chain(image: Path, depth: int) -> dict[str, object]:
+def describe_chain(image: Path, depth: int, aio: str = "io_uring") -> dict[str, object]:
     """Return the block node of a chain, with the settings that make QEMU fastest: io_uring, and all L2 tables cached.
 
     Without O_DIRECT, as backupfs reads its layers, too. With aio=threads it reads at two thirds of io_uring's speed.
     """
     if depth > _NODES:
-        return _node(image)
+        return _node(image, aio)
     node: dict[str, object] | None = None
     for number in range(depth + 1):
-        node = _node(image.with_name(f"{number}.qcow2")) | {"backing": node}
+        node = _node(image.with_name(f"{number}.qcow2"), aio) | {"backing": node}
     assert node is not None
     return node
 
 
-def _node(image: Path) -> dict[str, object]:
-    file = {"driver": "file", "filename": str(image), "aio": "io_uring", "cache": {"direct": False}}
+def _node(image: Path, aio: str) -> dict[str, object]:
+    file = {"driver": "file", "filename": str(image), "aio": aio, "cache": {"direct": False}}
     return {"driver": "qcow2", "read-only": True, "l2-cache-size": _L2_CACHE, "file": file}
 
 

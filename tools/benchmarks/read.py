@@ -29,6 +29,7 @@ from benchmarks.contenders import (
     PEERS,
     PYFUSE3,
     QEMU,
+    QEMU_THREADS,
     ZSTD,
     Chain,
     Contender,
@@ -64,6 +65,7 @@ class Limit:
 
 _LIMITS = (
     Limit("random-direct-4", (NONE, 0), (QEMU, 0), at_least=1.4),
+    Limit("random-direct-4", (NONE, 0), (QEMU_THREADS, 0), at_least=1.4),
     Limit("random-direct-4", (NONE, 30), (QEMU, 30), at_least=2.5),
     Limit("random-direct-4", (NONE, 100), (QEMU, 100), at_least=7),
     Limit("random-direct-4", (NONE, 1000), (NONE, 0), at_least=0.9),
@@ -142,9 +144,9 @@ class _Benchmark:
     def _line_up(self, workload: Workload) -> list[tuple[str, int]]:
         """Return who is measured at which depth, those of one depth next to each other."""
         ours_and_qemu = [(w, d) for d in self._depths if d in workload.depths for w in (NONE, ZSTD, QEMU)]
-        nbdfuse = [(NBDFUSE, d) for d in self._depths if d in workload.depths and d <= 100]
+        few = [(who, d) for d in self._depths if d in workload.depths and d <= 100 for who in (QEMU_THREADS, NBDFUSE)]
         deep = [(w, self._deep) for w in (*OURS, *PEERS) if self._deep in self._depths and w not in workload.without]
-        return sorted({*ours_and_qemu, *nbdfuse, *deep}, key=lambda key: (key[1], (*OURS, *PEERS).index(key[0])))
+        return sorted({*ours_and_qemu, *few, *deep}, key=lambda key: (key[1], (*OURS, *PEERS).index(key[0])))
 
     def _warm(self, chain: Chain, contenders: Sequence[Contender]) -> None:
         started = time.monotonic()

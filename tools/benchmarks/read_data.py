@@ -28,7 +28,7 @@ from benchmarks.report import Report
 from benchmarks.workplace import Workplace, run
 
 DISK, FILES, SPARSE = "disk", "files", "sparse"
-_CHANGES = 64  # chunks a delta
+_CHANGES = 32  # chunks a delta; with more, all chains and caches together do not fit into 24 GiB
 _A_FOLDER = 100  # files
 T = TypeVar("T")
 _MADE = "made.json"  # written last: what a chain is, and its points
