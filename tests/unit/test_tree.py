@@ -100,7 +100,7 @@ def test_attributes_of_a_disk(tree: Tree) -> None:
 
 def test_attributes_of_folders(tree: Tree) -> None:
     root, vm, point = (tree.attributes(walk(tree, *p)) for p in ((), ("web",), ("web", "p1")))
-    assert [a.nlink for a in (root, vm, point)] == [4, 4, 2]
+    assert [a.nlink for a in (root, vm, point)] == [4, 4, 1]  # of a point's folder nobody has counted
     assert [a.time_ns for a in (root, vm, point)] == [2 * S, 2 * S, 1 * S]
     assert {a.mode for a in (root, vm, point)} == {stat.S_IFDIR | 0o500}
     assert {a.timeout_s for a in (root, vm, point)} == {FRESH_TIMEOUT_S}
