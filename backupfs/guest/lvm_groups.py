@@ -17,7 +17,7 @@ from urllib.parse import quote
 from backupfs.errors import BackupfsError
 from backupfs.guest import lvm_text
 from backupfs.guest.lvm import LARGEST_TEXT, UUID, PhysicalVolume
-from backupfs.guest.lvm_text import BadText, Section, Value
+from backupfs.guest.lvm_text import BadText, Scalar, Section
 from backupfs.guest.volumes import Leg, Run, Volume, joined
 
 _SECTOR = 512
@@ -135,10 +135,11 @@ class _Group:
         volumes, problems = [], []
         copies = self._snapshots()
         for name, logical in self._logical.items():
-            if "VISIBLE" not in _list(logical, "status"):
-                continue
             try:
-                strange = [flag for flag in _list(logical, "status") if flag not in _HARMLESS]
+                states = _list(logical, "status")
+                if "VISIBLE" not in states:
+                    continue
+                strange = [state for state in states if state not in _HARMLESS]
                 if strange:
                     raise Refused(f"its state {escape(str(strange[0]))[:60]} is not supported")
                 if name in copies:
@@ -188,7 +189,7 @@ class _Group:
         places = tuple(self._leg(areas[i], areas[i + 1], each) for i in range(0, len(areas), 2))
         return Run(count * self._extent, places, stripe)
 
-    def _leg(self, name: Value, first: Value, count: int) -> Leg:
+    def _leg(self, name: Scalar, first: Scalar, count: int) -> Leg:
         if not isinstance(name, str) or not isinstance(first, int) or first < 0:
             raise Refused("a segment names no place")
         if name not in self._members:
@@ -236,7 +237,7 @@ def _number(section: Section, key: str) -> int:
     return value
 
 
-def _list(section: Section, key: str) -> list[Value]:
+def _list(section: Section, key: str) -> list[Scalar]:
     value = section.get(key)
     if not isinstance(value, list):
         raise BadText(f"there is no list {key}")

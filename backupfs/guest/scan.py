@@ -13,6 +13,7 @@ from backupfs.guest.partitions import read_table
 from backupfs.guest.volumes import Leg, Run, Volume
 from backupfs.image import Image, SliceImage
 
+_MOST_VOLUMES = 4096  # of a disk
 _MOST_PROBLEMS = 1000  # lines for a disk
 
 
@@ -89,6 +90,9 @@ def scan(disks: Mapping[str, Image]) -> dict[str, Division]:
             disk.volumes += (volume for volume in group.volumes if disk.name in volume.disks)
             if disk.name in group.disks:
                 disk.problems += group.problems
+        if len(disk.volumes) > _MOST_VOLUMES:
+            disk.problems.insert(0, f"{len(disk.volumes)} volumes are too many: {_MOST_VOLUMES} of them are shown")
+            del disk.volumes[_MOST_VOLUMES:]
     complete = all(disk.complete for disk in scanned)
     return {d.name: Division(tuple(d.volumes), tuple(d.problems[:_MOST_PROBLEMS]), complete) for d in scanned}
 

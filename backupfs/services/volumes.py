@@ -75,7 +75,7 @@ class Volumes:
                 except BackupfsError as e:
                     unreadable[name] = Division((), (f"the disk can't be opened: {e}",), complete=False)
             found = scan(images) | unreadable
-            steps = _STEPS // max(1, sum(len(division.volumes) for division in found.values())) + 4
+            steps = _STEPS // max(1, sum(len(division.volumes) for division in found.values())) + 1
             files = dict[str, Files]()
             for name, division in found.items():
                 sizes = [(volume, _allocated(volume, images, steps)) for volume in division.volumes]
