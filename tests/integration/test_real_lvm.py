@@ -48,7 +48,7 @@ class Lvm:
         return done.stdout
 
     def segments(self) -> dict[str, list[tuple[int, str, int, list[tuple[str, int]]]]]:
-        """Return each volume's segments, as LVM reports them: bytes, type, stripe size, (device, extent) of each leg."""
+        """Return each volume's segments as LVM reports them: bytes, type, stripe size, (device, extent) of each leg."""
         fields = "lv_name,seg_size,segtype,stripe_size,devices,seg_start"
         words = ["--units", "b", "--nosuffix", "--reportformat", "json", "-o", fields, "--segments"]
         report = json.loads(self("lvs", *words))["report"][0]["seg"]
