@@ -131,10 +131,10 @@ class SliceImage:
         check_range(self, offset, len(buffer))
         self._image.readinto(self._offset + offset, buffer)
 
-    def at_once(self, offset: int, length: int) -> Buffer | bytes | None:
-        if self._at_once is None or not 0 <= offset <= self.size - length:
-            return None
-        return self._at_once(self._offset + offset, length)
+    def at_once(self, offset: int, into: list[memoryview]) -> bool:
+        if self._at_once is None or not 0 <= offset <= self.size - len(into[0]):
+            return False
+        return self._at_once(self._offset + offset, into)
 
     def gather(self, offset: int, length: int) -> Sequence[Buffer | bytes]:
         check_range(self, offset, length)

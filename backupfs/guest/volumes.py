@@ -112,12 +112,12 @@ class JoinedImage:
             part.readinto(within, view[:length])
             view = view[length:]
 
-    def at_once(self, offset: int, length: int) -> Buffer | bytes | None:
+    def at_once(self, offset: int, into: list[memoryview]) -> bool:
         if offset < 0:
-            return None
-        # Of what reaches into the next part the part itself says None.
+            return False
+        # What reaches into the next part the part itself refuses.
         i = bisect_right(self._starts, offset) - 1
-        return self._parts[i].at_once(offset - self._starts[i], length)
+        return self._parts[i].at_once(offset - self._starts[i], into)
 
     def gather(self, offset: int, length: int) -> Sequence[Buffer | bytes]:
         check_range(self, offset, length)
@@ -180,12 +180,12 @@ class StripedImage:
                 target[at : at + length] = content[position - first : position - first + length]
                 position += length
 
-    def at_once(self, offset: int, length: int) -> Buffer | bytes | None:
+    def at_once(self, offset: int, into: list[memoryview]) -> bool:
         row, within = divmod(offset, self._row)
         i, within = divmod(within, self._stripe)
-        if offset < 0 or within + length > self._stripe:
-            return None
-        return self._legs[i].at_once(row * self._stripe + within, length)
+        if offset < 0 or within + len(into[0]) > self._stripe:
+            return False
+        return self._legs[i].at_once(row * self._stripe + within, into)
 
     def gather(self, offset: int, length: int) -> Sequence[Buffer | bytes]:
         check_range(self, offset, length)

@@ -38,9 +38,12 @@ class HoleyImage:
         self.scratch = bytearray(self.data[offset : offset + length])
         return [memoryview(bytes(self.scratch))[: length // 2], memoryview(bytes(self.scratch))[length // 2 :]]
 
-    def at_once(self, offset: int, length: int) -> bytes | None:
-        within = offset % (4 * UNIT) + length <= 4 * UNIT and 0 <= offset <= self.size - length
-        return self.data[offset : offset + length] if within else None
+    def at_once(self, offset: int, into: list[memoryview]) -> bool:
+        length = len(into[0])
+        if offset % (4 * UNIT) + length > 4 * UNIT or not 0 <= offset <= self.size - length:
+            return False
+        into[0][:] = self.data[offset : offset + length]
+        return True
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         check_range(self, offset, length)
@@ -94,11 +97,11 @@ def test_a_volume_is_its_runs(found: list[Run], draw: random.Random, join: bool)
         length = draw.randint(1, image.size - offset)
         assert b"".join(image.gather(offset, length)) == data[offset : offset + length]
         short = min(length, draw.randint(1, 2 * UNIT))
-        at_once = image.at_once(offset, short)
-        assert at_once is None or at_once == data[offset : offset + short]
+        at_once = bytearray(short)
+        assert not image.at_once(offset, [memoryview(at_once)]) or at_once == data[offset : offset + short]
         check_extents(image, offset, length, data)
     for bad in ((-1, 2), (image.size - 1, 2), (image.size, 1)):
-        assert image.at_once(*bad) is None
+        assert not image.at_once(bad[0], [memoryview(bytearray(bad[1]))])
         with pytest.raises(ValueError, match="is not inside"):
             image.gather(*bad)
         with pytest.raises(ValueError, match="is not inside"):
