@@ -89,6 +89,15 @@ def check_range(image: Image, offset: int, length: int) -> None:
         raise ValueError(f"range {offset}+{length} is not inside a disk of {image.size} bytes")
 
 
+def gather(image: Image, offset: int, length: int) -> Sequence[Buffer | bytes]:
+    """Return the bytes of a range of any image as pieces, as a Gatherer does. Raises as `readinto`."""
+    if isinstance(image, Gatherer):
+        return image.gather(offset, length)
+    buffer = bytearray(length)
+    image.readinto(offset, buffer)
+    return (buffer,)
+
+
 class ZeroImage:
     """A disk of zeroes."""
 
@@ -109,17 +118,27 @@ class ZeroImage:
 
 
 class SliceImage:
-    """A range of another image, as an image of its own. Closing it closes the other."""
+    """A range of another image, as an image of its own; a Gatherer. Closing it closes the other."""
 
     def __init__(self, image: Image, offset: int, size: int) -> None:
         check_range(image, offset, size)
         self.size = size
         self._image = image
         self._offset = offset
+        self._at_once = image.at_once if isinstance(image, Gatherer) else None
 
     def readinto(self, offset: int, buffer: Buffer) -> None:
         check_range(self, offset, len(buffer))
         self._image.readinto(self._offset + offset, buffer)
+
+    def at_once(self, offset: int, into: list[memoryview]) -> bool:
+        if self._at_once is None or not 0 <= offset <= self.size - len(into[0]):
+            return False
+        return self._at_once(self._offset + offset, into)
+
+    def gather(self, offset: int, length: int) -> Sequence[Buffer | bytes]:
+        check_range(self, offset, length)
+        return gather(self._image, self._offset + offset, length)
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         check_range(self, offset, length)

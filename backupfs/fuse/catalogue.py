@@ -82,11 +82,25 @@ class TextFile:
 
 
 @dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder in a point's folder. What is in it is found out when somebody looks, not before.
+
+    Args:
+        name: in the tree.
+        files: returns what is in it; may block, for as long as a few reads of a disk take. Raises BackupfsError.
+    """
+
+    name: str
+    files: Callable[[], Sequence[DiskFile | TextFile]]
+
+
+@dataclass(frozen=True, slots=True)
 class PointEntry:
     """A point's folder."""
 
     time_ns: int
     files: Sequence[DiskFile | TextFile]
+    folders: Sequence[Folder] = ()
 
 
 class Catalogue(Protocol):

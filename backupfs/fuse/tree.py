@@ -5,6 +5,8 @@
     /VM/latest -> POINT        LatestLink
     /VM/POINT/                 PointFolder
     /VM/POINT/DISK.raw         File
+    /VM/POINT/DISK.parts/      SubFolder
+    /VM/POINT/DISK.parts/1.raw File
     /VM/POINT/point.json       File
     /VM/live/                  PointFolder, in name only: its files come and go with the exports that they show
     /VM/live/DISK.raw          File
@@ -21,11 +23,11 @@ kept here.
 import hashlib
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from backupfs.errors import NotFound
-from backupfs.fuse.catalogue import LIVE, Catalogue, DiskFile, TextFile
+from backupfs.fuse.catalogue import LIVE, Catalogue, DiskFile, PointEntry, TextFile
 
 ROOT_INODE = 1
 LATEST = b"latest"
@@ -73,11 +75,21 @@ class PointFolder:
 
 
 @dataclass(frozen=True, slots=True)
-class File:
-    """A file in a point's folder, with all that stat(2) tells of it."""
+class SubFolder:
+    """A folder in a point's folder."""
 
     vm: str
     point: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file in a point's folder, or in `folder` in that, with all that stat(2) tells of it."""
+
+    vm: str
+    point: str
+    folder: str
     name: str
     version: str
     size: int
@@ -86,7 +98,7 @@ class File:
     timeout_s: float
 
 
-Node = Root | VmFolder | LatestLink | PointFolder | File
+Node = Root | VmFolder | LatestLink | PointFolder | SubFolder | File
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +204,13 @@ class Tree:
             case VmFolder(vm):
                 return self._attributes(LatestLink(vm) if name == LATEST else PointFolder(vm, text))
             case PointFolder(vm, point):
-                for file in self._files(vm, point):
+                entry = self.catalogue.point(vm, point)
+                inside: list[File | SubFolder] = [*_files(vm, point, "", entry), *_folders(vm, point, entry)]
+                for node in inside:
+                    if node.name == text:
+                        return self._attributes(node)
+            case SubFolder(vm, point, folder_name):
+                for file in _files(vm, point, folder_name, self.catalogue.point(vm, point)):
                     if file.name == text:
                         return self._attributes(file)
         raise NotFound(f"no name {text!r} here")
@@ -220,7 +238,12 @@ class Tree:
                     found.append(self._entry(LIVE, PointFolder(vm, LIVE)))
                 found += (Entry(p.encode(), self._point_folder(PointFolder(vm, p), t)) for p, t in points.items())
             case PointFolder(vm, point):
-                found += (self._entry(file.name, file) for file in self._files(vm, point))
+                entry = self.catalogue.point(vm, point)
+                found += (self._entry(file.name, file) for file in _files(vm, point, "", entry))
+                found += (Entry(f.name.encode(), self._folder(f, 0, entry.time_ns)) for f in _folders(vm, point, entry))
+            case SubFolder(vm, point, inside):
+                entry = self.catalogue.point(vm, point)
+                found += (self._entry(file.name, file) for file in _files(vm, point, inside, entry))
         return found
 
     def target(self, inode: int) -> bytes:
@@ -242,7 +265,7 @@ class Tree:
                 entry = self.catalogue.point(node.vm, node.point)
             except NotFound as e:
                 raise Stale(str(e)) from e
-            for file in entry.files:
+            for file in _inside(entry, node.folder):
                 if file.name == node.name and file.version == node.version:
                     return file
         raise Stale(f"{self.describe(inode)} is not what it was")
@@ -256,8 +279,10 @@ class Tree:
                 return f"{vm}/{LATEST.decode()}"
             case PointFolder(vm, point):
                 return f"{vm}/{point}"
-            case File(vm, point, name):
+            case SubFolder(vm, point, name) | File(vm, point, "", name):
                 return f"{vm}/{point}/{name}"
+            case File(vm, point, folder, name):
+                return f"{vm}/{point}/{folder}/{name}"
         return "/"
 
     def _vms(self) -> list[str]:
@@ -267,16 +292,6 @@ class Tree:
         """Return the stored points that can be shown."""
         points = self.catalogue.points(vm).items()
         return {point: time_ns for point, time_ns in points if component(point) and point != LIVE}
-
-    def _files(self, vm: str, point: str) -> Iterator[File]:
-        entry = self.catalogue.point(vm, point)
-        for f in entry.files:
-            if component(f.name):
-                time_ns, timeout_s = entry.time_ns, FRESH_TIMEOUT_S
-                if isinstance(f, DiskFile):
-                    time_ns = time_ns if f.time_ns is None else f.time_ns
-                    timeout_s = LIVE_TIMEOUT_S if f.live else FILE_TIMEOUT_S
-                yield File(vm, point, f.name, f.version, f.size, f.allocated, time_ns, timeout_s)
 
     def _entry(self, name: str, node: Node) -> Entry:
         return Entry(name.encode(), self._attributes(node))
@@ -289,6 +304,11 @@ class Tree:
             case PointFolder(vm, point):
                 # Not by listing the VM: `find` over 10,000 points would list 10,000 points 10,000 times.
                 return self._point_folder(node, self.catalogue.point(vm, point).time_ns)
+            case SubFolder(vm, point, name):
+                entry = self.catalogue.point(vm, point)
+                if node not in _folders(vm, point, entry):
+                    raise NotFound(f"no folder {name!r} here")
+                return self._folder(node, 0, entry.time_ns)
             case LatestLink(vm):
                 return self._link(node, self._points(vm))
             case VmFolder(vm):
@@ -301,7 +321,8 @@ class Tree:
                 return self._folder(node, len(vms), newest)
 
     def _point_folder(self, node: PointFolder, time_ns: int) -> Attributes:
-        return self._folder(node, 0, time_ns)
+        # One link, as Btrfs has it, means that nobody counted the folders inside: that would take reading the point.
+        return replace(self._folder(node, 0, time_ns), nlink=1)
 
     def _folder(self, node: Node, folders_inside: int, time_ns: int) -> Attributes:
         number = self.inodes.number(node)
@@ -313,9 +334,35 @@ class Tree:
         return Attributes(self.inodes.number(node), mode, 1, len(newest.encode()), 0, points[newest], FRESH_TIMEOUT_S)
 
 
+def _inside(entry: PointEntry, folder: str) -> Sequence[DiskFile | TextFile]:
+    """Return the files of a point's folder, or of one in it. Raises NotFound."""
+    if not folder:
+        return entry.files
+    for inner in entry.folders:
+        if inner.name == folder:
+            return inner.files()
+    raise NotFound(f"no folder {folder!r} here")
+
+
+def _files(vm: str, point: str, folder: str, entry: PointEntry) -> Iterator[File]:
+    for f in _inside(entry, folder):
+        if component(f.name):
+            time_ns, timeout_s = entry.time_ns, FRESH_TIMEOUT_S
+            if isinstance(f, DiskFile):
+                time_ns = time_ns if f.time_ns is None else f.time_ns
+                timeout_s = LIVE_TIMEOUT_S if f.live else FILE_TIMEOUT_S
+            yield File(vm, point, folder, f.name, f.version, f.size, f.allocated, time_ns, timeout_s)
+
+
+def _folders(vm: str, point: str, entry: PointEntry) -> Iterator[SubFolder]:
+    return (SubFolder(vm, point, folder.name) for folder in entry.folders if component(folder.name))
+
+
 def _parent(node: Node) -> Node:
     match node:
-        case File(vm, point):
+        case File(vm, point, folder) if folder:
+            return SubFolder(vm, point, folder)
+        case SubFolder(vm, point) | File(vm, point):
             return PointFolder(vm, point)
         case PointFolder(vm) | LatestLink(vm):
             return VmFolder(vm)

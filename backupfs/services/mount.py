@@ -22,6 +22,7 @@ from backupfs.repository.point import PointImage
 from backupfs.repository.repository import Repository
 from backupfs.services import background, hydrated
 from backupfs.services.live import Exports, LiveCatalogue, LiveDisks, check_exports
+from backupfs.services.volumes import Volumes
 from backupfs.units import MiB, parse_time
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class RepositoryCatalogue:
     def __init__(self, repository: Repository, live: LiveDisks) -> None:
         self._repository = repository
         self._live = live
+        self._volumes = Volumes()
 
     def vms(self) -> Sequence[str]:
         """Return the names of the VMs."""
@@ -50,11 +52,12 @@ class RepositoryCatalogue:
         if point == LIVE:
             return self._live.entry(vm)
         manifest = self._repository.manifest(vm, point)
-        files: list[DiskFile | TextFile] = [self._disk(vm, point, disk) for disk in manifest.disks]
+        disks = [self._disk(vm, point, disk) for disk in manifest.disks]
+        files: list[DiskFile | TextFile] = [*disks]
         files.append(TextFile("point.json", self._repository.manifest_json(vm, point)))
         if manifest.domain_xml is not None:
             files.append(TextFile("domain.xml", manifest.domain_xml.encode()))
-        return PointEntry(time_of(point), files)
+        return PointEntry(time_of(point), files, self._volumes.folders(vm, point, disks))
 
     def usage(self) -> os.statvfs_result:
         """Return the use of the file system that the repository is on."""

@@ -1,4 +1,4 @@
-"""The direction of imports: cli -> services -> {repository, sources, fuse} -> {image, extents, errors, units}."""
+"""The direction of imports: cli -> services -> {repository, sources, fuse, guest} -> image, extents, errors, units."""
 
 import ast
 from pathlib import Path
@@ -13,7 +13,8 @@ MAY = {
     "repository": LOW,
     "sources": LOW,
     "fuse": LOW,
-    "services": LOW | {"repository", "sources", "fuse"},
+    "guest": LOW,
+    "services": LOW | {"repository", "sources", "fuse", "guest"},
     "cli": LOW | {"services", "repository"},
     "__main__": {"cli"},
 }

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from backupfs.errors import NotFound
-from backupfs.fuse.catalogue import DiskFile, PointEntry, TextFile
+from backupfs.fuse.catalogue import DiskFile, Folder, PointEntry, TextFile
 from backupfs.fuse.tree import (
     FILE_TIMEOUT_S,
     FRESH_TIMEOUT_S,
@@ -100,7 +100,7 @@ def test_attributes_of_a_disk(tree: Tree) -> None:
 
 def test_attributes_of_folders(tree: Tree) -> None:
     root, vm, point = (tree.attributes(walk(tree, *p)) for p in ((), ("web",), ("web", "p1")))
-    assert [a.nlink for a in (root, vm, point)] == [4, 4, 2]
+    assert [a.nlink for a in (root, vm, point)] == [4, 4, 1]  # of a point's folder nobody has counted
     assert [a.time_ns for a in (root, vm, point)] == [2 * S, 2 * S, 1 * S]
     assert {a.mode for a in (root, vm, point)} == {stat.S_IFDIR | 0o500}
     assert {a.timeout_s for a in (root, vm, point)} == {FRESH_TIMEOUT_S}
@@ -253,3 +253,58 @@ def test_looking_at_a_point_does_not_list_its_vm() -> None:
         tree.file(disk)
     assert catalogue.listed == before
     assert len(points) == 1000
+
+
+class Divided(FakeCatalogue):
+    """Points whose disk has a folder of volumes; counts how often one is looked into."""
+
+    looked = 0
+
+    def point(self, vm: str, point: str) -> PointEntry:
+        entry = super().point(vm, point)
+
+        def volumes() -> list[DiskFile | TextFile]:
+            self.looked += 1
+            version = self.content[vm][point][1]
+            return [
+                DiskFile("1.raw", 5000, 512, version, {}, lambda: ZeroImage(5000)),
+                DiskFile("../x", 1, 1, "", {}, lambda: ZeroImage(1)),
+                TextFile("ERROR.txt", b"no"),
+            ]
+
+        return PointEntry(entry.time_ns, entry.files, [Folder("vda.parts", volumes), Folder("a/b", volumes)])
+
+
+def test_folders_in_a_points_folder() -> None:
+    catalogue = Divided({"web": {"p1": (1 * S, "v1", "note"), "p2": (2 * S, "v1", "note")}})
+    tree = Tree(catalogue)
+    assert names(tree, "web", "p1") == [b".", b"..", b"vda.raw", b"point.json", b"vda.parts"]
+    folder = tree.attributes(walk(tree, "web", "p1", "vda.parts"))
+    assert (stat.S_ISDIR(folder.mode), folder.nlink, folder.time_ns, folder.timeout_s) == (
+        True,
+        2,
+        1 * S,
+        FRESH_TIMEOUT_S,
+    )
+    assert tree.describe(folder.inode) == "web/p1/vda.parts"
+    assert tree.lookup(folder.inode, b"..").inode == walk(tree, "web", "p1")
+    assert catalogue.looked == 0
+    entries = {e.name: e.attributes for e in tree.entries(folder.inode)}
+    assert list(entries) == [b".", b"..", b"1.raw", b"ERROR.txt"]
+    volume = tree.lookup(folder.inode, b"1.raw")
+    assert volume == entries[b"1.raw"]
+    assert (volume.size, volume.allocated, volume.time_ns, volume.timeout_s) == (5000, 512, 1 * S, FILE_TIMEOUT_S)
+    assert tree.describe(volume.inode) == "web/p1/vda.parts/1.raw"
+    assert tree.file(volume.inode).name == "1.raw"
+    assert volume.inode != walk(tree, "web", "p2", "vda.parts", "1.raw")
+    for path in (("p1", "a/b"), ("p1", "vdb.parts"), ("p1", "vda.parts", "vda.raw"), ("p1", "1.raw")):
+        with pytest.raises(NotFound):
+            walk(tree, "web", *path)
+    catalogue.content["web"]["p1"] = (1 * S, "v2", "note")
+    with pytest.raises(Stale):
+        tree.file(volume.inode)
+    del catalogue.content["web"]["p1"]
+    with pytest.raises(NotFound):
+        tree.attributes(folder.inode)
+    with pytest.raises(Stale):
+        tree.file(volume.inode)
