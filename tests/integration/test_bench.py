@@ -36,14 +36,13 @@ def measure(folder: Path, *options: str) -> dict[str, dict[tuple[str, int], dict
     return {(line["workload"], line["deltas"]): line for line in json.loads(facts.read_text())["lines"]}
 
 
-def test_all_workloads(tmp_path: Path) -> None:
+def test_two_workloads(tmp_path: Path) -> None:
     chart = tmp_path / "chart.svg"
-    only = [f"--only={name}" for name in ("random-direct-4", "sha256sum", "files", "walk")]
+    only = [f"--only={name}" for name in ("random-direct-4", "walk")]
     lines = measure(tmp_path, *only, "--chart", str(chart))
-    assert sorted(lines) == [(name, 3) for name in ("files", "random-direct-4", "sha256sum", "walk")]
+    assert sorted(lines) == [("random-direct-4", 3), ("walk", 3)]
     # That they read the same bytes the benchmark itself has seen to: it fails otherwise.
-    for name in ("files", "random-direct-4", "sha256sum"):
-        assert lines[name, 3]["contenders"].keys() == _OF_ALL
+    assert lines["random-direct-4", 3]["contenders"].keys() == _OF_ALL
     assert lines["walk", 3]["contenders"].keys() >= {"none", "zstd", "qemu", "native"}
     for line in lines.values():
         for cell in line["contenders"].values():
@@ -51,7 +50,7 @@ def test_all_workloads(tmp_path: Path) -> None:
             assert cell["values"][0] > 0
 
     overlays = sorted((tmp_path / "data").glob("*/qcow2/*.qcow2"))
-    assert len(overlays) == 3 * 4
+    assert len(overlays) == 2 * 4
     for overlay in overlays:
         subprocess.run(["qemu-img", "check", "-q", str(overlay)], check=True)
     circles = ElementTree.parse(chart).iter("{http://www.w3.org/2000/svg}circle")
