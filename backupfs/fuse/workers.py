@@ -4,20 +4,26 @@ Started as they are needed, up to WORKERS, and at most WORKERS_OF_AN_IMAGE of th
 hangs wait, and nobody else.
 """
 
+import errno
 import os
 import queue
 import threading
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from backupfs.errors import BackupfsError
+from backupfs.extents import coalesce
 from backupfs.fuse import kernel
 from backupfs.image import Buffer, Gatherer, Image, seek
+from backupfs.units import GiB, MiB
 
 WORKERS = 32
 WORKERS_OF_AN_IMAGE = 8
+_FIRST_LOOK, _LARGEST_LOOK = 16 * MiB, 16 * GiB  # of a disk, whose extents are asked for at a time
+_FEW = 256  # extents
 
 
 class Held(Protocol):
@@ -26,6 +32,16 @@ class Held(Protocol):
     image: Image | None
     condemned: Exception | None
     backing: int | None  # of the raw file that the kernel reads instead
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """The extents in [begin, end): where each begins, and whether it is zero."""
+
+    begin: int
+    end: int
+    starts: list[int]
+    zero: list[bool]
 
 
 class File:
@@ -44,6 +60,7 @@ class File:
         if isinstance(self.image, Gatherer):
             self.at_once, self.gather = self.image.at_once, self.image.gather
         self._data = 0, 0  # offset and end of data that is known: programs ask for its end from everywhere in it
+        self._known = _Window(0, 0, [], [])
 
     def _read(self, offset: int, length: int) -> list[Buffer | bytes]:
         buffer = bytearray(length)
@@ -55,10 +72,34 @@ class File:
         first, end = self._data
         if first <= offset < end and whence in (os.SEEK_DATA, os.SEEK_HOLE):
             return end if whence == os.SEEK_HOLE else offset
-        found = seek(self.image, offset, whence)
+        found = self._seek(offset, whence)
         if whence == os.SEEK_HOLE:
             self._data = offset, found
         return found
+
+    def _seek(self, offset: int, whence: int) -> int:
+        if not 0 <= offset < self.size or whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            return seek(self.image, offset, whence)  # says what is wrong
+        while offset < self.size:
+            known = self._known
+            if not known.begin <= offset < known.end:
+                known = self._known = self._look_at(offset, known)
+            for i in range(bisect_right(known.starts, offset) - 1, len(known.starts)):
+                if known.zero[i] == (whence == os.SEEK_HOLE):
+                    return max(known.starts[i], offset)
+            offset = known.end
+        if whence == os.SEEK_DATA:
+            raise OSError(errno.ENXIO, "no more data")
+        return self.size
+
+    def _look_at(self, offset: int, before: "_Window") -> "_Window":
+        """Ask for the extents of a part of the disk; of a larger one each time, while somebody walks over it."""
+        length, near = _FIRST_LOOK, before.end - before.begin
+        if before.end <= offset < before.end + near:
+            length = min(2 * near, _LARGEST_LOOK) if len(before.starts) < _FEW else near
+        end = min(offset + length, self.size)
+        found = list(coalesce(self.image.extents(offset, end - offset)))
+        return _Window(offset, end, [e.offset for e in found], [e.flag for e in found])
 
     def check(self) -> None:
         """Raise BackupfsError if the image can't be trusted, or must not be read any more."""
