@@ -1,7 +1,4 @@
-"""Volume groups that LVM2 itself made, on loop devices. It needs no device mapper for metadata: nothing is activated.
-
-What the kernel's own device mapper makes of such volumes: e2e/test_guest_volumes.py.
-"""
+"""Volume groups that LVM2 itself made, on loop devices. Nothing is activated, so no device mapper is needed."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""LVM's labels, metadata and volume groups made by hand; real ones are in test_real_lvm.py, test_guest_volumes.py."""
+"""LVM's labels, metadata and volume groups made by hand; real ones are in test_real_lvm.py."""
 
 import contextlib
 import os
