@@ -125,6 +125,7 @@ def _gc(repository: Repository, dry_run: bool, waiting: Callable[[str], None] | 
         plans = [plan for vm in catalog.vms(repository.path) for plan in _plan_vm(repository, vm, report)]
         worth: list[_Rewrite] = []
         beyond = 0
+        left = _left_over(repository) if dry_run else frozenset()
         for plan in plans:
             layers = ChainLayers(plan.chain, bytes.fromhex(repository.settings.id))
             report.before += sum(allocated(path) for seq in plan.present for path in _paths(layers, seq))
@@ -134,9 +135,9 @@ def _gc(repository: Repository, dry_run: bool, waiting: Callable[[str], None] | 
             for seq in plan.dead:
                 report.layers += 1
                 for path in _paths(layers, seq):
-                    _remove(path, report, dry_run=dry_run)
+                    _remove(path, report, left, dry_run=dry_run)
             for path in plan.stray:
-                _remove(path, report, dry_run=dry_run)
+                _remove(path, report, left, dry_run=dry_run)
             for seq in plan.live:
                 candidate = _look_at(layers, plan, seq, *_punch(layers, plan, seq, report, dry_run=dry_run))
                 beyond += candidate.gain
@@ -220,13 +221,27 @@ def _mark_last(plan: _ChainPlan) -> None:
         fsync_folder(plan.folder)
 
 
-def _remove(path: str, report: GcReport, *, dry_run: bool) -> None:
-    """Remove a file of a layer. A mount may have it open without needing it: the space comes back all the same."""
+def _left_over(repository: Repository) -> frozenset[int]:
+    """Return the inodes of files of dead writers, which go before anything else does."""
+    try:
+        with os.scandir(os.path.join(repository.path, "tmp")) as found:
+            return frozenset(entry.inode() for entry in found)
+    except FileNotFoundError:
+        return frozenset()
+
+
+def _remove(path: str, report: GcReport, left: frozenset[int], *, dry_run: bool) -> None:
+    """Remove a file of a layer. A mount may have it open without needing it: the space comes back all the same.
+
+    Args:
+        left: inodes that have another name for now, which does not count.
+    """
     status = os.stat(path)
-    report.freed += status.st_blocks * 512 if status.st_nlink == 1 else 0
+    alone = status.st_nlink - (status.st_ino in left) == 1
+    report.freed += status.st_blocks * 512 if alone else 0
     if dry_run:
         return
-    puncher = Puncher(path) if status.st_nlink == 1 else None
+    puncher = Puncher(path) if alone else None
     try:
         os.unlink(path)
         if puncher:

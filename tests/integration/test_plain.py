@@ -256,3 +256,15 @@ def test_gc(repository: Repository) -> None:
     assert not layer(repository).exists()
     assert read_point(repository, third) == DISK
     assert gc(repository).freed == 0
+
+
+def test_gc_promises_what_a_killed_writer_left(repository: Repository) -> None:
+    """Killed between the two halves of a rename: the file has both names, and the temporary one goes first."""
+    stray = image(repository).with_name("000003.raw")
+    temporary = Path(repository.path) / "tmp" / "0.raw"
+    temporary.write_bytes(b"x" * CHUNK)
+    os.link(temporary, stray)
+    assert gc(repository, dry_run=True).freed == CHUNK
+    assert gc(repository).freed == CHUNK
+    assert not temporary.exists()
+    assert not stray.exists()
