@@ -155,7 +155,8 @@ def guest(disks: Sequence[GuestDisk], *options: str) -> Iterator[Guest]:
     """Boot Linux. Disks of virtio-blk are /dev/vda, vdb, …, the others /dev/sda, sdb, …, in their order."""
     kernel, initramfs = guest_files()
     boot = ["-kernel", str(kernel), "-initrd", str(initramfs), "-append", KERNEL_OPTIONS, "-no-reboot"]
-    agent = ["-chardev", "socket,id=agent,path=agent,server=on,wait=off", "-serial", "chardev:agent"]
+    agent = ["-chardev", "socket,id=agent,path=agent,server=on,wait=off", "-device", "virtio-serial-pci"]
+    agent += ["-device", "virtserialport,chardev=agent,name=shell", "-serial", "null"]
     words = ["-accel", accelerator(), "-m", "256", *boot, *agent, "-serial", "file:console"]
     with _qemu([*words, *_disk_options(disks), *options]) as (process, folder, qmp):
         channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -1,7 +1,8 @@
 """What a guest boots from: Debian's kernel, which tools/setup fetched, and an initramfs that is made here.
 
 The initramfs holds busybox, the file systems' programs, and an agent: a shell loop that runs what it reads from the
-first serial port. The kernel's own messages go to the second one. `guest_files` may be called from several processes.
+virtio port named `shell`: an emulated serial port may lose bytes. The kernel's messages go to the second one of those.
+`guest_files` may be called from several processes.
 """
 
 import hashlib
@@ -17,7 +18,8 @@ import pytest
 from servers import need, run
 
 _CACHE = Path(sys.prefix) / "guest"
-_MODULES = ("virtio_pci", "virtio_blk", "virtio_scsi", "sd_mod", "ata_piix", "ata_generic", "xfs", "vfat", "virtio_net")
+_MODULES = ("virtio_pci", "virtio_blk", "virtio_scsi", "virtio_net", "virtio_console")
+_MODULES += ("sd_mod", "ata_piix", "ata_generic", "xfs", "vfat")
 _PROGRAMS = ("mkfs.ext4", "mkfs.xfs")  # of Debian; all else is busybox's, whose shell takes its own of a name first
 
 # A command comes as a line: a number, and the command in base64. What comes back: the number, the exit code, and what
@@ -32,8 +34,9 @@ mount -t devtmpfs dev /dev
 mount -t tmpfs tmp /tmp
 ln -s /proc/mounts /etc/mtab
 modprobe -a {modules}
-stty -F /dev/ttyS0 raw -echo
-exec </dev/ttyS0 >/dev/ttyS0 2>/dev/console
+until name=$(grep -lx shell /sys/class/virtio-ports/*/name); do sleep 0.1; done
+exec 3<>/dev/$(basename $(dirname $name))
+exec <&3 >&3 2>/dev/console 3>&-
 echo ready
 while read -r number command; do
   echo "$command" | base64 -d >/tmp/.command

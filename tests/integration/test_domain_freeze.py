@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -19,9 +18,9 @@ from libvirtd import Disk, Libvirt, libvirtd, wait_until
 
 from backupfs.errors import ConnectError, SourceError
 from backupfs.sources import domain_xml
+from backupfs.units import MiB
 
 _BOOT_S = 120.0
-_MODULE = "lib/modules/*/kernel/drivers/char/virtio_console.ko"
 _AGENT = """\
 for port in /sys/class/virtio-ports/*; do
   [ "$(cat $port/name)" = org.qemu.guest_agent.0 ] && exec 3<>/dev/$(basename $port)
@@ -39,7 +38,7 @@ done
 
 
 class Guest:
-    """The guest's shell, on its first serial port."""
+    """The guest's shell."""
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -77,19 +76,16 @@ def linux(daemon: Libvirt) -> Iterator[tuple[Web, Guest]]:
     boot = f"<kernel>{kernel}</kernel><initrd>{initramfs}</initrd><cmdline>{KERNEL_OPTIONS}</cmdline>"
     with two_disks(daemon) as web:
         folder = web.scratch.parent
-        module = folder / "module"
-        module.write_bytes(next((Path(sys.prefix) / "guest").glob(_MODULE)).read_bytes())
-        size = module.stat().st_size
-        os.truncate(module, -(-size // 512) * 512)
+        (folder / "read-only").write_bytes(bytes(MiB))
+        shell = f"<source mode='bind' path='{folder}/shell'/><target type='virtio' name='shell'/>"
         devices = (
-            f"<serial type='unix'><source mode='bind' path='{folder}/shell'/></serial><serial type='null'/>"
+            f"<serial type='null'/><serial type='null'/><channel type='unix'>{shell}</channel>"
             "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
         )
-        read_only = Disk("vdc", module, "raw").xml().replace("</disk>", "<readonly/></disk>")
+        read_only = Disk("vdc", folder / "read-only", "raw").xml().replace("</disk>", "<readonly/></disk>")
         web.start(devices=devices + read_only, boot=boot)
         with closing(Guest(folder / "shell")) as guest:
             guest.boot()
-            guest.run(f"head -c {size} /dev/vdc >/tmp/module.ko && insmod /tmp/module.ko")
             guest.run("mkfs.ext4 -q /dev/vda && mount /dev/vda /mnt")
             start_agent(web, guest)
             yield web, guest
