@@ -25,7 +25,7 @@ FILE_SYSTEM = "fuse.backupfs"
 # Source: <linux/mount.h>
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
 _MNT_DETACH = 2
-_READAHEAD_KB = 1024  # the largest READ
+_READAHEAD_KB = 4096  # some READs of the largest size, which are done side by side
 _ANSWER_S = 5.0  # a mount that does not answer by then hangs, but it is not dead
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -11,6 +11,7 @@ import contextlib
 import mmap
 import os
 import threading
+from collections.abc import Sequence
 
 import xxhash
 
@@ -18,6 +19,8 @@ from backupfs.errors import Corrupt
 from backupfs.repository import codec
 from backupfs.repository.format import CODEC_SHIFT, LENGTH_MASK
 from backupfs.repository.layer import Layer
+
+_HUGE_PAGE = 2 << 20  # bytes
 
 
 class Payloads:
@@ -58,7 +61,25 @@ class Payloads:
         """
         place = offset // self.chunk_size
         _ = self.marks[place]
-        return place, (xxh3 + (offset >> 11)) & 0xFFFFFFFF | 1
+        return place, _mark(offset, xxh3)
+
+    def read_again(self, offset: int, hashes: Sequence[int], buffer: memoryview) -> bool:
+        """Fill `buffer` with chunks that are stored as they are, side by side from `offset` on, if all of them were
+        found to have these hashes and the kernel has them in memory. Returns whether it did; else it may hold anything.
+        """
+        first = offset // self.chunk_size
+        places = slice(first, first + len(hashes))
+        wanted = [_mark(offset + i * self.chunk_size, xxh3) for i, xxh3 in enumerate(hashes)]
+        marks = self.marks
+        forgotten = marks[-1]
+        if marks[places].tolist() != wanted:
+            return False
+        try:
+            got = os.preadv(self.fd, [buffer], offset, os.RWF_NOWAIT)
+        except OSError:  # EAGAIN; EOPNOTSUPP of file systems that can't tell
+            return False
+        # As in at_hand.py: the marks count when they are looked at afterwards.
+        return got == len(buffer) and marks[places].tolist() == wanted and marks[-1] == forgotten
 
     def check(self, chunk: memoryview, offset: int, xxh3: int) -> None:
         """Compare a chunk that is stored as it is with its hash, and remember it. Raises Corrupt."""
@@ -78,7 +99,7 @@ class Payloads:
             Corrupt: the bytes are not those that were written.
         """
         if packed == self.whole:
-            self.forget(offset)
+            self.forget(offset, 1)
         chunk = read_chunk(self.layer, offset, packed, xxh3, self.chunk_size)
         if packed == self.whole:
             self._remember(offset, xxh3)
@@ -96,10 +117,11 @@ class Payloads:
                     return int(row["offset"]), int(row["length"]) | int(row["codec"]) << CODEC_SHIFT
         return None
 
-    def forget(self, offset: int) -> None:
-        """Take a chunk for unchecked. Before it is read: what the reading brings into memory may be bad."""
-        with contextlib.suppress(IndexError):  # the file was cut off before it
-            self.marks[offset // self.chunk_size] = 0
+    def forget(self, offset: int, count: int) -> None:
+        """Take chunks side by side for unchecked. Before they are read: what that brings into memory may be bad."""
+        first = offset // self.chunk_size
+        marks = self.marks[first : min(first + count, len(self.marks) - 1)]  # less of them where the file was cut off
+        marks[:] = memoryview(bytes(4 * len(marks))).cast("I")
         self.marks[-1] = self.marks[-1] + 1 & 0xFFFFFFFF
 
     def _remember(self, offset: int, xxh3: int) -> None:
@@ -111,6 +133,10 @@ class Payloads:
     def _read_nothing_ahead(self) -> None:
         self.layer.data.read_nothing_ahead()  # else the kernel brings chunks into memory that nobody checks
         self._remembers = True
+
+
+def _mark(offset: int, xxh3: int) -> int:
+    return (xxh3 + (offset >> 11)) & 0xFFFFFFFF | 1
 
 
 def read_chunk(layer: Layer, offset: int, packed: int, xxh3: int, chunk_size: int) -> bytes:
@@ -161,8 +187,9 @@ class Run:
         """Read the chunks into the beginning of a buffer; return that part of it. Raises Corrupt."""
         payloads, size = self._payloads, self._payloads.chunk_size
         view = buffer[: len(self._hashes) * size]
-        for offset in range(self._offset, self._offset + len(view), size):
-            payloads.forget(offset)
+        if payloads.read_again(self._offset, self._hashes, view):
+            return view
+        payloads.forget(self._offset, len(self._hashes))
         payloads.layer.data.pread_into(self._offset, view)
         for i, xxh3 in enumerate(self._hashes):
             payloads.check(view[i * size : (i + 1) * size], self._offset + i * size, xxh3)
@@ -170,7 +197,9 @@ class Run:
 
 
 class Scratch(threading.local):
-    """Memory for runs, a piece for each thread: new memory costs as much as reading into it."""
+    """Memory for runs, a piece for each thread: new memory costs as much as reading into it, and a kernel that writes
+    it to the device looks up each of its pages.
+    """
 
     def __init__(self) -> None:
         self._buffer = memoryview(b"")
@@ -178,5 +207,8 @@ class Scratch(threading.local):
     def take(self, length: int) -> memoryview:
         """Return `length` bytes, which are the thread's until it takes some again."""
         if len(self._buffer) < length:
-            self._buffer = memoryview(bytearray(length))
+            memory = mmap.mmap(-1, -(-length // _HUGE_PAGE) * _HUGE_PAGE)
+            with contextlib.suppress(OSError):  # a kernel without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            self._buffer = memoryview(memory)
         return self._buffer[:length]

@@ -11,6 +11,7 @@ from repositories import add_point
 
 from backupfs.errors import Corrupt
 from backupfs.repository import point as point_module
+from backupfs.repository.payloads import Payloads
 from backupfs.repository.point import PointImage
 from backupfs.repository.repository import Repository
 from backupfs.units import KiB
@@ -119,17 +120,49 @@ def test_who_reads_a_layer_that_was_opened_again_concerns_those_who_read_it_befo
     again = store.payloads(chain, 0)
     assert again is not before
     assert at_once(stored, 0) == disk[:4096], "it is the same file, and was checked"
-    (file,) = tmp_path.rglob("*.raw")
-    file.chmod(0o600)
-    with file.open("r+b", buffering=0) as damaged:
-        place = file.read_bytes().index(disk[:4096])
-        damaged.seek(place)
-        damaged.write(b"\xff" * 4096)
-        os.fsync(damaged.fileno())
+    damage(tmp_path, disk[:4096])
     with pytest.raises(Corrupt, match="checksum"):
         stored._chunk(again, 0, *_row(stored))
     assert at_once(stored, 0) is None, "bad, and in memory"
     assert before.marks is again.marks
+
+
+def damage(tmp_path: Path, old: bytes) -> None:
+    """Write over some bytes of the layer's file, as another program would; they stay in memory."""
+    (file,) = tmp_path.rglob("*.raw")
+    file.chmod(0o600)
+    with file.open("r+b", buffering=0) as damaged:
+        damaged.seek(file.read_bytes().index(old))
+        damaged.write(b"\xff" * len(old))
+        os.fsync(damaged.fileno())
+
+
+def test_several_chunks_are_checked_again_once_one_of_them_was_read_from_the_disk(
+    stored: PointImage, disk: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks: list[int] = []
+    check = Payloads.check
+    monkeypatch.setattr(Payloads, "check", lambda self, *args: checks.append(args[1]) or check(self, *args))
+    for _ in range(2):
+        assert read(stored, 0, SIZE) == disk
+        assert len(checks) == 6, "each once, as long as they stay in memory"
+    damage(tmp_path, disk[2 * CHUNK : 2 * CHUNK + 512])
+    with pytest.raises(Corrupt, match="checksum"):
+        read(stored, 2 * CHUNK)  # a chunk by itself comes from the disk again, and is checked
+    for _ in range(2):
+        with pytest.raises(Corrupt, match="checksum"):
+            read(stored, 0, SIZE)
+        assert read(stored, 3 * CHUNK, 3 * CHUNK) == disk[3 * CHUNK : 6 * CHUNK]
+
+
+def test_chunks_that_left_the_memory_are_checked_again(stored: PointImage, disk: bytes, tmp_path: Path) -> None:
+    assert read(stored, 0, SIZE) == disk
+    (file,) = tmp_path.rglob("*.raw")
+    damage(tmp_path, disk[4 * CHUNK : 4 * CHUNK + 512])
+    with file.open("rb") as cached:
+        os.posix_fadvise(cached.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with pytest.raises(Corrupt, match="checksum"):
+        read(stored, 0, SIZE)
 
 
 def _row(image: PointImage) -> tuple[int, int, int]:
