@@ -126,6 +126,6 @@ AS_NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 def let_in(folder: Path) -> None:
     """Let other users walk to a folder that pytest made for its own user."""
     for above in (folder, *folder.parents):
-        if above.stat().st_uid == os.geteuid() and above.name.startswith("pytest"):
+        if above.stat().st_uid == os.geteuid() and above.name.startswith(("pytest", "popen-")):
             above.chmod(0o755)
     folder.chmod(0o755)
