@@ -62,15 +62,21 @@ def _terminate(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def main() -> None:
-    """Run the program and exit with its code."""
+def _prepare() -> None:
     logging.basicConfig(format="backupfs: %(levelname)s: %(message)s", level=logging.WARNING)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # trio asks for this one
     signal.signal(signal.SIGTERM, _terminate)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
         signal.signal(signal.SIGHUP, _terminate)  # what was set up in a machine must be undone
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a repository keeps its layers open
+
+
+def main() -> None:
+    """Run the program and exit with its code."""
     try:
+        _prepare()
         cli(standalone_mode=False, prog_name="backupfs")
     except BackupfsError as e:
         _fail(str(e), e.exit_code)
@@ -78,6 +84,8 @@ def main() -> None:
         e.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: os._exit(INTERRUPTED))  # a second one: all is undone already
         _fail("interrupted; nothing is left half published", INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

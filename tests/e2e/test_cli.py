@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from commands import backupfs, backupfs_json
+from commands import BACKUPFS, backupfs, backupfs_json
 
 from backupfs.units import MiB
 
@@ -186,6 +186,13 @@ def test_a_closed_pipe_is_no_traceback(repo: Path, disk: Path) -> None:
         check=True,
     )
     assert "Traceback" not in shell.stderr
+
+
+def test_an_interrupt_while_modules_are_loaded(tmp_path: Path) -> None:
+    (tmp_path / "numpy.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([*BACKUPFS, "points"], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
 
 
 @pytest.mark.parametrize(
