@@ -207,6 +207,17 @@ def test_a_full_disk_behind_stdout_is_no_traceback(repo: Path, disk: Path, words
     assert done.stderr == "backupfs: No space left on device\n"
 
 
+def test_closed_standard_streams(repo: Path, disk: Path) -> None:
+    """No file gets a number that others print to."""
+    backupfs(repo, "backup", "web01", f"vda={disk}")
+    code = "import os; from backupfs.__main__ import *; have_standard_streams(); os._exit(os.open('/', os.O_RDONLY))"
+    closed = ["bash", "-c", '"$0" "$@" 0<&- 1>&- 2>&-', os.sys.executable]
+    assert subprocess.run([*closed, "-c", code], check=False).returncode > 2
+    for words in (["map", "web01/latest/vda", "--json"], ["points"]):
+        assert subprocess.run([*closed, *BACKUPFS[1:], "-r", str(repo), *words], check=False).returncode == 0
+    assert subprocess.run([*closed, *BACKUPFS[1:], "-r", str(repo), "show", "x/latest"], check=False).returncode == 10
+
+
 def test_json_is_one_document(repo: Path, disk: Path) -> None:
     backupfs(repo, "backup", "web01", f"vda={disk}")
     for words in (["points"], ["show", "web01/latest"], ["map", "web01/latest/vda"]):
@@ -222,4 +233,9 @@ def test_a_damaged_manifest_does_not_hide_the_others(repo: Path, disk: Path) -> 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 20
     assert [p["id"] for p in json.loads(done.stdout)] == [ids[0], ids[2]]
+    assert ids[1] in done.stderr
+    command[-2:] = ["map", f"web01/{ids[2]}/vda", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)[0]["point"] == ids[0]
     assert ids[1] in done.stderr
