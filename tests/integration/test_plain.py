@@ -212,7 +212,12 @@ def test_an_image_that_is_missing_or_cut_off(repository: Repository, tmp_path: P
     def longer() -> None:
         os.truncate(whole, len(DISK) + 1)
 
-    for change, error in ((whole.unlink, NotFound), (short, Corrupt), (longer, Corrupt)):
+    by_hand = f"truncate -s {len(DISK)} {whole}"
+    for change, error, advice in (
+        (whole.unlink, NotFound, "only a copy"),
+        (short, Corrupt, by_hand),
+        (longer, Corrupt, by_hand),
+    ):
         change()
         repository.close()
         with pytest.raises(error, match=r"000000\.raw"):
@@ -220,9 +225,12 @@ def test_an_image_that_is_missing_or_cut_off(repository: Repository, tmp_path: P
         assert read_point(repository, other) == DISK[::-1]
         found = damage(repository, mend=True)
         assert [(d.points, d.repaired) for d in found] == [([point], None)]
-        assert "only a copy" in found[0].what
+        assert advice in found[0].what
         with pytest.raises(RepositoryError, match=r"000000\.raw"):
             gc(repository)
+        if whole.exists():
+            os.truncate(whole, len(DISK))
+            assert [d.kind for d in damage(repository)] == ["chunk"] * (change is short)
         whole.unlink(missing_ok=True)
         shutil.copy(aside, whole)
     assert damage(repository) == []
