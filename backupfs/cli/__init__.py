@@ -1,5 +1,6 @@
 """The command line: parse, call a service, print. The only place that prints errors and exits."""
 
+import io
 import logging
 import os
 import resource
@@ -69,6 +70,8 @@ def _prepare() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
         signal.signal(signal.SIGHUP, _terminate)  # what was set up in a machine must be undone
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of a path that is not UTF-8; JSON has the same escape
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a repository keeps its layers open
 

@@ -117,7 +117,9 @@ def gc(repository: Repository, *, dry_run: bool = False, waiting: Callable[[str]
     try:
         return _gc(repository, dry_run, waiting)
     except OSError as e:
-        raise RepositoryError(f"{e.filename or repository.path}: {e.strerror}; what was freed stays freed") from e
+        raise RepositoryError(
+            f"{e.filename2 or e.filename or repository.path}: {e.strerror}; what was freed stays freed"
+        ) from e
 
 
 def _gc(repository: Repository, dry_run: bool, waiting: Callable[[str], None] | None) -> GcReport:

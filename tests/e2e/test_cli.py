@@ -218,6 +218,16 @@ def test_closed_standard_streams(repo: Path, disk: Path) -> None:
     assert subprocess.run([*closed, *BACKUPFS[1:], "-r", str(repo), "show", "x/latest"], check=False).returncode == 10
 
 
+def test_paths_that_are_not_utf_8(repo: Path, disk: Path, tmp_path: Path) -> None:
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff")
+    assert "has to be UTF-8" in backupfs(Path(odd), "init", code=2)
+    assert "has to be UTF-8" in backupfs(Path(odd), "points", code=2)
+    backupfs(repo, "backup", "web01", f"vda={disk}")
+    assert backupfs_json(repo, "restore", "web01/latest/vda", odd)["target"] == odd
+    assert Path(odd).read_bytes() == disk.read_bytes()
+    assert "odd" in backupfs(repo, "restore", "web01/latest/vda", odd, "--force")
+
+
 def test_json_is_one_document(repo: Path, disk: Path) -> None:
     backupfs(repo, "backup", "web01", f"vda={disk}")
     for words in (["points"], ["show", "web01/latest"], ["map", "web01/latest/vda"]):
