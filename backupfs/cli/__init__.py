@@ -1,5 +1,6 @@
 """The command line: parse, call a service, print. The only place that prints errors and exits."""
 
+import io
 import logging
 import os
 import resource
@@ -62,15 +63,23 @@ def _terminate(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def main() -> None:
-    """Run the program and exit with its code."""
+def _prepare() -> None:
     logging.basicConfig(format="backupfs: %(levelname)s: %(message)s", level=logging.WARNING)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # trio asks for this one
     signal.signal(signal.SIGTERM, _terminate)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
         signal.signal(signal.SIGHUP, _terminate)  # what was set up in a machine must be undone
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of a path that is not UTF-8; JSON has the same escape
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a repository keeps its layers open
+
+
+def main() -> None:
+    """Run the program and exit with its code."""
     try:
+        _prepare()
         cli(standalone_mode=False, prog_name="backupfs")
     except BackupfsError as e:
         _fail(str(e), e.exit_code)
@@ -78,6 +87,8 @@ def main() -> None:
         e.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: os._exit(INTERRUPTED))  # a second one: all is undone already
         _fail("interrupted; nothing is left half published", INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from backupfs.errors import Corrupt, NotFound, RepositoryError
 from backupfs.repository import names
+from backupfs.repository.files import open_regular
 from backupfs.repository.format import LayerId
 from backupfs.repository.index import Index, IndexedLayer
 from backupfs.repository.layer import Layer
@@ -24,7 +25,7 @@ def read_file(path: str, missing: str) -> bytes:
         RepositoryError: it can't be read.
     """
     try:
-        with open(path, "rb") as file:
+        with open(open_regular(path), "rb") as file:
             return file.read()
     except (FileNotFoundError, NotADirectoryError) as e:
         raise NotFound(missing) from e

@@ -12,6 +12,8 @@ import fcntl
 import os
 import secrets
 
+from backupfs.repository.files import open_regular
+
 _PREFIX = "open-"
 _MOST = 200  # bytes that are told
 
@@ -58,7 +60,7 @@ def fault_of(folder: str) -> str | None:
 
 def _fault_in(path: str) -> str | None:
     with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_regular(path)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             said = os.read(fd, _MOST).decode(errors="replace").splitlines()

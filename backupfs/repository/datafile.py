@@ -6,6 +6,7 @@ import os
 import struct
 
 from backupfs.errors import Corrupt, NotFound, RepositoryError
+from backupfs.repository.files import open_regular
 
 _FICLONERANGE = 0x4020940D  # Source: linux/fs.h
 _CLONE_RANGE = struct.Struct("=qQQQ")  # struct file_clone_range: source, its offset, length, the target's offset
@@ -36,7 +37,7 @@ class DataFile:
         self.fd = -1
         self._filled_up = filled_up
         try:
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.fd = open_regular(path)
             self.length = os.fstat(self.fd).st_size
         except FileNotFoundError as e:
             raise NotFound(f"{path}: {what} is missing") from e

@@ -2,6 +2,16 @@
 
 import errno
 import os
+import stat
+
+
+def open_regular(path: str, flags: int = os.O_RDONLY) -> int:
+    """Open a file that has to be a regular one: nothing may wait for who writes into a FIFO. Raises OSError."""
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)  # of a regular file O_NONBLOCK changes nothing
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise OSError(errno.EINVAL, "is not a regular file", path)
 
 
 def write_new(path: str, data: bytes) -> None:

@@ -20,6 +20,7 @@ once at a time. What is written is complete or absent: one transaction a point.
 """
 
 import ctypes
+import errno
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -55,7 +56,9 @@ _MASK64 = (1 << 64) - 1
 _KEYED_RECORD = np.dtype([("chain", ">u4"), ("region", ">u4"), ("record", RECORD)])
 _LOOK_UPS = 128  # of regions, before the pages that they touched are unmapped
 _MADV_DONTNEED = 4  # Source: <sys/mman.h>
-_libc = ctypes.CDLL(None)
+_libc = ctypes.CDLL(None, use_errno=True)
+_READERS = 1024
+_LOCK_FILE = 64 * _READERS + 4096  # bytes, a few more than LMDB needs; it takes the length that is there
 _BATCH = 16 * 1024  # rows that are indexed, or looked at when layers go, at a time
 _REGIONS = 256  # whose records are replaced at a time
 
@@ -121,11 +124,12 @@ class Index:
         try:
             if os.path.exists(self._file) and os.path.getsize(self._file) == 0:
                 raise Corrupt(self._file, 0, "the file is empty")
+            _allocate(os.path.join(self.folder, "lock.mdb"))
             return lmdb.open(
                 self.folder,
                 map_size=_MAP_SIZE,
                 max_dbs=8,
-                max_readers=1024,
+                max_readers=_READERS,
                 mode=0o600,
                 readahead=False,
                 meminit=False,
@@ -495,6 +499,25 @@ class Index:
             summary = txn.get(key, db=self._regions)
             count, total = (0, 0) if summary is None else _SUMMARY.unpack(summary)
             txn.put(key, _SUMMARY.pack(count + added, (total + plus) & _MASK64), db=self._regions)
+
+
+def _allocate(path: str) -> None:
+    """Give LMDB's lock file its blocks. LMDB makes it a hole and writes into it through a mapping: on a full file
+    system that would be a SIGBUS.
+
+    Raises:
+        OSError: no space.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    try:
+        length = os.fstat(fd).st_size or _LOCK_FILE
+        # Not posix_fallocate, which would write where the file system can't do it, beside processes that use the file.
+        if _libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(length)):
+            code = ctypes.get_errno()
+            if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                raise OSError(code, os.strerror(code), path)
+    finally:
+        os.close(fd)
 
 
 def _address_of(path: str) -> int:

@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Iterator
 
 from backupfs.errors import Locked, NotFound, RepositoryError
+from backupfs.repository.files import open_regular
 
 
 @contextlib.contextmanager
@@ -83,7 +84,7 @@ class Pin:
     def __init__(self, path: str) -> None:
         self._fd = -1
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = open_regular(path)
         except FileNotFoundError as e:
             raise NotFound(f"{path}: the layer file is missing") from e
         except OSError as e:
@@ -103,7 +104,10 @@ def is_pinned(path: str) -> bool:
     Raises:
         RepositoryError: that can't be told.
     """
-    fd = _open(path, os.O_RDONLY)
+    try:
+        fd = open_regular(path)
+    except OSError as e:
+        raise RepositoryError(f"{path}: {e.strerror}") from e
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

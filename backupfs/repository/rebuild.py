@@ -26,6 +26,7 @@ import xxhash
 
 from backupfs.errors import Corrupt, RepositoryError
 from backupfs.repository import codec
+from backupfs.repository.files import open_regular
 from backupfs.repository.format import (
     ALIGNMENT,
     CODEC_SHIFT,
@@ -81,7 +82,7 @@ def rebuild(root: str, path: str, header: LayerHeader | None, entry: DiskEntry, 
         RepositoryError: it can't be read or written.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_regular(path)
         try:
             pieces = _pieces(fd, path, header, entry, records)
         finally:

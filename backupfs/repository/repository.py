@@ -51,6 +51,7 @@ class Repository:
             RepositoryError: it can't be written.
         """
         codec.by_name(codec_name)
+        _check_path(path)
         if chunk_size & (chunk_size - 1) or not MIN_CHUNK <= chunk_size <= MAX_CHUNK:
             raise UsageError(f"a chunk of {chunk_size} bytes: it has to be a power of two from 4 KiB to 1 MiB")
         try:
@@ -85,10 +86,11 @@ class Repository:
             chunk_cache: bytes of decompressed chunks to keep, for those who read in small parts.
 
         Raises:
+            UsageError: its path is not UTF-8.
             NotFound: there is none.
             UnsupportedFormat, Corrupt: as they say.
         """
-        path = os.path.abspath(path)
+        path = _check_path(os.path.abspath(path))
         data = catalog.read_file(os.path.join(path, SETTINGS), f"{path} is not a repository: it has no {SETTINGS}")
         return cls(path, decode_settings(data, os.path.join(path, SETTINGS)), chunk_cache)
 
@@ -370,6 +372,15 @@ class Repository:
                     raise RepositoryError(
                         f"{folder}: {e.strerror}; points that were removed may come back after a power cut"
                     ) from e
+
+
+def _check_path(path: str) -> str:
+    """Return the path of a repository if it may be there: LMDB takes UTF-8 only. Raises UsageError."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as e:
+        raise UsageError(f"{path!r}: the path of a repository has to be UTF-8") from e
+    return path
 
 
 class Writer:

@@ -16,7 +16,7 @@ import msgspec
 
 from backupfs.errors import BackupfsError, Locked, UsageError
 from backupfs.repository import names
-from backupfs.repository.files import write_new
+from backupfs.repository.files import open_regular, write_new
 from backupfs.repository.manifest import open_sealed, seal
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def load(root: str) -> tuple[list[Result], list[str]]:
             continue
         path = os.path.join(folder, name)
         try:
-            with open(path, "rb") as file:
+            with open(open_regular(path), "rb") as file:
                 found.append(open_sealed(file.read(), path, Result))
         except (OSError, BackupfsError) as e:
             problems.append(f"{e}; the next {name.partition('-')[0].removesuffix('.json')} writes it anew")

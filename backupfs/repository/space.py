@@ -7,6 +7,7 @@ breaks off what.
 import ctypes
 import errno
 import os
+import stat
 from collections.abc import Iterator
 
 import numpy as np
@@ -68,6 +69,12 @@ def _live_spans(layer: Layer, live: Flags) -> Iterator[tuple[Numbers, Numbers]]:
 def allocated(path: str) -> int:
     """Return the bytes that a file takes on its file system."""
     return os.stat(path).st_blocks * 512
+
+
+def is_alone(path: str) -> bool:
+    """Whether a file has no other name, and this one is no symbolic link: what is another's must not change."""
+    found = os.lstat(path)
+    return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
 
 
 def stored(fd: int, offset: int, length: int) -> int:

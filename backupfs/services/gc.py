@@ -16,6 +16,7 @@ stays freed, and the next gc does the rest.
 import contextlib
 import logging
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -32,7 +33,7 @@ from backupfs.repository.point import Chain, layer_path
 from backupfs.repository.reach import ChainLayers, Flags, reach
 from backupfs.repository.repository import Repository
 from backupfs.repository.rewrite import needed, rewrite
-from backupfs.repository.space import Puncher, allocated, dead_ranges, stored
+from backupfs.repository.space import Puncher, allocated, dead_ranges, is_alone, stored
 from backupfs.units import MiB
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,9 @@ def gc(repository: Repository, *, dry_run: bool = False, waiting: Callable[[str]
     try:
         return _gc(repository, dry_run, waiting)
     except OSError as e:
-        raise RepositoryError(f"{e.filename or repository.path}: {e.strerror}; what was freed stays freed") from e
+        raise RepositoryError(
+            f"{e.filename2 or e.filename or repository.path}: {e.strerror}; what was freed stays freed"
+        ) from e
 
 
 def _gc(repository: Repository, dry_run: bool, waiting: Callable[[str], None] | None) -> GcReport:
@@ -236,8 +239,8 @@ def _remove(path: str, report: GcReport, left: frozenset[int], *, dry_run: bool)
     Args:
         left: inodes that have another name for now, which does not count.
     """
-    status = os.stat(path)
-    alone = status.st_nlink - (status.st_ino in left) == 1
+    status = os.lstat(path)
+    alone = stat.S_ISREG(status.st_mode) and status.st_nlink - (status.st_ino in left) == 1
     report.freed += status.st_blocks * 512 if alone else 0
     if dry_run:
         return
@@ -260,7 +263,7 @@ def _punch(layers: ChainLayers, plan: _ChainPlan, seq: int, report: GcReport, *,
     if np.all(live):
         return before, 0
     freed = stuck = 0
-    alone = os.stat(path).st_nlink == 1
+    alone = is_alone(path)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     puncher: Puncher | None = None
     able = True
@@ -312,7 +315,7 @@ def _look_at(layers: ChainLayers, plan: _ChainPlan, seq: int, taken: int, stuck:
     if seq not in plan.roots and not np.all(live):
         need = needed(layers.layer(seq), live)
         # Holes in what is not compressed leave nothing but rows; and another name keeps the old file.
-        if need.compressed and os.stat(layers.path(seq)).st_nlink == 1:
+        if need.compressed and is_alone(layers.path(seq)):
             size = need.size
     elif (stored_bytes := plan.roots.get(seq)) is not None:  # all of a root's own layer is seen by it
         layer = layers.layer(seq)

@@ -242,9 +242,15 @@ def publish_in_place(repository_id: str, record: Hydrated) -> None:
 
 def _write_record(repository_id: str, record: Hydrated) -> None:
     temporary = _record_path(repository_id, record.layer_id) + _PART
-    write_new(temporary, seal(record))
-    os.rename(temporary, _record_path(repository_id, record.layer_id))
-    fsync_folder(folder(repository_id))
+    try:
+        write_new(temporary, seal(record))
+        os.rename(temporary, _record_path(repository_id, record.layer_id))
+        fsync_folder(folder(repository_id))
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        remove(repository_id, record)  # a large file without a record would lie there until the next hydrate
+        raise
 
 
 def publish(repository_id: str, record: Hydrated, part: str) -> None:
@@ -259,13 +265,17 @@ def publish(repository_id: str, record: Hydrated, part: str) -> None:
     """
     path = raw_path(repository_id, record.layer_id)
     remove(repository_id, record)
-    os.rename(part, path)
-    with open(_open(path), "rb") as file:
-        now = state_of(file.fileno())
-    # A rename is a change of the inode: of all times that one alone is taken as it is now.
-    if msgspec.structs.replace(now, ctime_ns=record.file.ctime_ns) != record.file:
-        raise Corrupt(path, 0, "somebody else has changed it meanwhile")
-    fsync_folder(folder(repository_id))
+    try:
+        os.rename(part, path)
+        with open(_open(path), "rb") as file:
+            now = state_of(file.fileno())
+        # A rename is a change of the inode: of all times that one alone is taken as it is now.
+        if msgspec.structs.replace(now, ctime_ns=record.file.ctime_ns) != record.file:
+            raise Corrupt(path, 0, "somebody else has changed it meanwhile")
+        fsync_folder(folder(repository_id))
+    except BaseException:
+        remove(repository_id, record)
+        raise
     _write_record(repository_id, msgspec.structs.replace(record, file=now))
 
 

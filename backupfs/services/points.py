@@ -1,5 +1,6 @@
 """Listing: points, and the extents of a disk at a point, in the shape of the command line's JSON."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,6 +8,8 @@ from backupfs.errors import Corrupt, UsageError
 from backupfs.repository import names
 from backupfs.repository.manifest import Manifest
 from backupfs.repository.repository import Repository
+
+log = logging.getLogger(__name__)
 
 _DISK_FIELDS = ("name", "size", "kind", "chain", "seq", "read", "reason", "data_bytes", "stored_bytes")
 
@@ -67,7 +70,7 @@ def parse_disk(repository: Repository, text: str) -> tuple[str, str, str]:
 def disk_map(repository: Repository, vm: str, point: str, disk: str) -> Iterator[dict[str, Any]]:
     """Yield the extents of a disk, covering it exactly: offset, length, zero, and the point that the data came with.
 
-    The point is None for zeroes, and for data of a point that was deleted since.
+    The point is None for zeroes, and for data of a point that was deleted since or has a damaged manifest.
 
     Raises:
         NotFound: no such disk.
@@ -77,10 +80,13 @@ def disk_map(repository: Repository, vm: str, point: str, disk: str) -> Iterator
     image.check_map()
     owners = {}
     here = repository.manifest(vm, point).disk(disk)
-    for manifest in list_manifests(repository, vm):
-        entry = manifest.disk(disk)
-        if entry and here and entry.chain == here.chain:
-            owners[entry.seq] = manifest.id
+    try:
+        for manifest in list_manifests(repository, vm):
+            entry = manifest.disk(disk)
+            if entry and here and entry.chain == here.chain:
+                owners[entry.seq] = manifest.id
+    except Corrupt as e:  # after all others
+        log.warning("%s; what came with this point has no point in the list", e)
     held: dict[str, Any] | None = None
     for extent, seq in image.placed_extents(0, image.size):
         owner = owners.get(seq)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -86,8 +87,10 @@ def _rebuild_layer(repository: Repository, damage: Damage) -> None:
         damage.what += "; its point has no manifest any more, so nothing says what was there"
         return
     entry = found[0]
-    if entry.raw is not None and not _is_as_long(raw_path(damage.file), entry.size):
-        damage.what += "; only a copy of the file can bring it back"
+    if entry.raw is not None and (path := raw_path(damage.file)) and not _is_as_long(path, entry.size):
+        # Whose bytes those are nobody knows: it may be another disk's image, so it is left to a person.
+        by_hand = f"`truncate -s {entry.size} {shlex.quote(path)}`, and --repair looks at the rest of it"
+        damage.what += f"; {by_hand if os.path.isfile(path) else 'only a copy of the file can bring it back'}"
         return
     header, records = _header_of(repository, vm, entry), None
     chain_no = _chain_no(repository, vm, entry)

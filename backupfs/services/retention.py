@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+FUTURE = "future"  # the reason for which stays what is dated so
+
 Period = Callable[[datetime], object]
 
 
@@ -48,25 +50,27 @@ def kept(points: Iterable[tuple[str, datetime]], rules: KeepRules, now: datetime
     Args:
         points: id and time of the points of one VM, oldest first; two of the same moment in the order they were taken.
         rules: the rules.
-        now: what is dated later does not count as the newest for `within`: one point taken with a wrong clock would
-            let all others go.
+        now: what is dated later stays, and no rule counts it, unless all is: one point taken with a wrong clock would
+            let the others go, and every new one that is dated right.
     """
     newest_first = [(point, moment.astimezone(UTC)) for point, moment in points]
     newest_first.sort(key=lambda p: p[1])  # --time may have dated one back; it keeps the order of equals
     newest_first.reverse()
     found: dict[str, list[str]] = {point: [] for point, _ in newest_first}
+    counted = [p for p in newest_first if p[1] <= now] or newest_first
+    for point, _ in newest_first[: len(newest_first) - len(counted)]:
+        found[point].append(FUTURE)
     for rule, period in _PERIODS.items():
         left = getattr(rules, rule) or 0
         before: object = None
-        for point, moment in newest_first:
+        for point, moment in counted:
             this = period(moment)
             if left and this != before:
                 found[point].append(rule)
                 left -= 1
             before = this
-    if rules.within is not None and newest_first:
-        newest = next((moment for _, moment in newest_first if moment <= now), newest_first[0][1])
-        for point, moment in newest_first:
-            if newest - moment <= rules.within:
+    if rules.within is not None:
+        for point, moment in counted:
+            if counted[0][1] - moment <= rules.within:
                 found[point].append("within")
     return found

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from commands import backupfs, backupfs_json
+from commands import BACKUPFS, backupfs, backupfs_json
 
 from backupfs.units import MiB
 
@@ -188,6 +188,13 @@ def test_a_closed_pipe_is_no_traceback(repo: Path, disk: Path) -> None:
     assert "Traceback" not in shell.stderr
 
 
+def test_an_interrupt_while_modules_are_loaded(tmp_path: Path) -> None:
+    (tmp_path / "numpy.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([*BACKUPFS, "points"], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 @pytest.mark.parametrize(
     "words", [["points"], ["points", "--json"], ["show", "web01/latest"], ["map", "web01/latest/vda"]]
 )
@@ -198,6 +205,27 @@ def test_a_full_disk_behind_stdout_is_no_traceback(repo: Path, disk: Path, words
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "backupfs: No space left on device\n"
+
+
+def test_closed_standard_streams(repo: Path, disk: Path) -> None:
+    """No file gets a number that others print to."""
+    backupfs(repo, "backup", "web01", f"vda={disk}")
+    code = "import os; from backupfs.__main__ import *; have_standard_streams(); os._exit(os.open('/', os.O_RDONLY))"
+    closed = ["bash", "-c", '"$0" "$@" 0<&- 1>&- 2>&-', os.sys.executable]
+    assert subprocess.run([*closed, "-c", code], check=False).returncode > 2
+    for words in (["map", "web01/latest/vda", "--json"], ["points"]):
+        assert subprocess.run([*closed, *BACKUPFS[1:], "-r", str(repo), *words], check=False).returncode == 0
+    assert subprocess.run([*closed, *BACKUPFS[1:], "-r", str(repo), "show", "x/latest"], check=False).returncode == 10
+
+
+def test_paths_that_are_not_utf_8(repo: Path, disk: Path, tmp_path: Path) -> None:
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff")
+    assert "has to be UTF-8" in backupfs(Path(odd), "init", code=2)
+    assert "has to be UTF-8" in backupfs(Path(odd), "points", code=2)
+    backupfs(repo, "backup", "web01", f"vda={disk}")
+    assert backupfs_json(repo, "restore", "web01/latest/vda", odd)["target"] == odd
+    assert Path(odd).read_bytes() == disk.read_bytes()
+    assert "odd" in backupfs(repo, "restore", "web01/latest/vda", odd, "--force")
 
 
 def test_json_is_one_document(repo: Path, disk: Path) -> None:
@@ -215,4 +243,9 @@ def test_a_damaged_manifest_does_not_hide_the_others(repo: Path, disk: Path) -> 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 20
     assert [p["id"] for p in json.loads(done.stdout)] == [ids[0], ids[2]]
+    assert ids[1] in done.stderr
+    command[-2:] = ["map", f"web01/{ids[2]}/vda", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)[0]["point"] == ids[0]
     assert ids[1] in done.stderr

@@ -16,6 +16,7 @@ from repositories import add_point
 
 from backupfs.errors import Corrupt, Locked, NotFound, TargetError, UsageError
 from backupfs.extents import Extent
+from backupfs.repository import files
 from backupfs.repository.repository import Repository
 from backupfs.services import hydrate as service
 from backupfs.services import hydrated
@@ -193,6 +194,31 @@ def test_killed(tmp_path: Path) -> None:
             assert list_hydrated(repository) == []
             assert dehydrate(repository, None) == []
             assert left(repository) == []
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_interrupted_at_its_end(repository: Repository, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Neither the file stays, which may be large, nor a part of its record."""
+    left_to_do = [step]
+
+    def interrupted(path: str, *data: bytes) -> None:
+        if not left_to_do[0]:
+            raise KeyboardInterrupt
+        left_to_do[0] -= 1
+        (files.write_new if data else files.fsync_folder)(path, *data)
+        if not left_to_do[0] and data:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(hydrated, "write_new", interrupted)
+    monkeypatch.setattr(hydrated, "fsync_folder", interrupted)
+    point = repository.points("web01")[0]
+    if step < 3:
+        with pytest.raises(KeyboardInterrupt):
+            run(repository, point)
+        assert left(repository) == []
+    else:
+        run(repository, point)
+        assert left(repository) == [point]
 
 
 def test_one_at_a_time(repository: Repository) -> None:

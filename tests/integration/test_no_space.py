@@ -2,16 +2,20 @@
 
 import os
 import random
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import backupfs
 from repositories import MOMENT, add_point, read_point
 
 from backupfs.errors import RepositoryError
 from backupfs.repository.repository import Repository
 from backupfs.repository.writer import DiskWriter, PointWriter
+from backupfs.services.gc import gc
+from backupfs.services.prune import delete
 from backupfs.units import MiB
 
 
@@ -64,6 +68,23 @@ def test_no_space_while_writing(small: Path, left: int) -> None:
         second = add_point(repository, new)
         assert read_point(repository, second.id) == new
         assert read_point(repository, first.id) == old
+
+
+def test_no_space_for_a_new_index(small: Path) -> None:
+    """An error, and no SIGBUS; gc needs none."""
+    path = small / "repo"
+    Repository.init(str(path))
+    data = [random.Random(i).randbytes(4 * MiB) for i in range(2)]
+    with Repository.open(str(path)) as repository:
+        points = [add_point(repository, d, full=True).id for d in data]
+    shutil.rmtree(path / "index")
+    fill(small, 0)
+    assert "No space left" in backupfs(path, "map", "web01/latest/vda", code=1)
+    with Repository.open(str(path)) as repository:
+        assert gc(repository).freed == 0
+        delete(repository, [("web01", points[0])])
+        assert gc(repository).freed > 4 * MiB
+        assert read_point(repository, points[1]) == data[1]
 
 
 def test_no_space_for_the_index_alone(small: Path, caplog: pytest.LogCaptureFixture) -> None:

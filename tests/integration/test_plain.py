@@ -212,7 +212,12 @@ def test_an_image_that_is_missing_or_cut_off(repository: Repository, tmp_path: P
     def longer() -> None:
         os.truncate(whole, len(DISK) + 1)
 
-    for change, error in ((whole.unlink, NotFound), (short, Corrupt), (longer, Corrupt)):
+    by_hand = f"truncate -s {len(DISK)} {whole}"
+    for change, error, advice in (
+        (whole.unlink, NotFound, "only a copy"),
+        (short, Corrupt, by_hand),
+        (longer, Corrupt, by_hand),
+    ):
         change()
         repository.close()
         with pytest.raises(error, match=r"000000\.raw"):
@@ -220,12 +225,44 @@ def test_an_image_that_is_missing_or_cut_off(repository: Repository, tmp_path: P
         assert read_point(repository, other) == DISK[::-1]
         found = damage(repository, mend=True)
         assert [(d.points, d.repaired) for d in found] == [([point], None)]
-        assert "only a copy" in found[0].what
+        assert advice in found[0].what
         with pytest.raises(RepositoryError, match=r"000000\.raw"):
             gc(repository)
+        if whole.exists():
+            os.truncate(whole, len(DISK))
+            assert [d.kind for d in damage(repository)] == ["chunk"] * (change is short)
         whole.unlink(missing_ok=True)
         shutil.copy(aside, whole)
     assert damage(repository) == []
+
+
+def test_what_is_no_file_of_ours(repository: Repository, tmp_path: Path) -> None:
+    """A FIFO is an error, and nobody waits for a writer; what a symbolic link leads to is read, and never changes."""
+    first = repository.points("web01")[0]
+    second = bytes(2 * CHUNK) + DISK[2 * CHUNK :]
+    add_point(repository, second, [Extent(0, 2 * CHUNK, True)])
+    aside = tmp_path / "aside.raw"
+    image(repository).rename(aside)
+    os.mkfifo(image(repository))
+    repository.close()
+    for call in (lambda: read_point(repository, first), lambda: gc(repository)):
+        with pytest.raises(RepositoryError, match="not a regular file"):
+            call()
+    assert [d.kind for d in damage(repository, mend=True)] == ["layer"]
+    image(repository).unlink()
+    image(repository).symlink_to(aside)
+    assert read_point(repository, first) == DISK
+    delete(repository, [("web01", first)])
+    report = gc(repository)
+    assert (report.freed, report.stuck) == (0, 2 * CHUNK)
+    delete(repository, repository_points(repository))
+    gc(repository)
+    assert not os.path.lexists(image(repository))
+    assert aside.read_bytes() == DISK
+
+
+def repository_points(repository: Repository) -> list[tuple[str, str]]:
+    return [("web01", point) for point in repository.points("web01")]
 
 
 def test_gc(repository: Repository) -> None:

@@ -205,6 +205,16 @@ def test_what_can_not_be_proven_is_left(repository: Repository, built: tuple[Pat
     check_all(repository, states)
 
 
+def test_an_index_that_was_built_after_the_damage(repository: Repository, built: tuple[Path, list[bytes]]) -> None:
+    path = layer(repository, 1)
+    whole, table = path.read_bytes(), Layer(str(path)).trailer().table_offset
+    overwrite(path, table, bytes(4 * KiB))
+    repository.reindex()
+    assert [(d.repaired, "not enough" in d.what) for d in repaired(repository)] == [(None, True)]
+    overwrite(path, table, whole[table : table + 4 * KiB])
+    check_all(repository, built[1])
+
+
 def test_the_parent_is_known_by_the_index(repository: Repository, built: tuple[Path, list[bytes]]) -> None:
     """The parent's point was deleted: its layer is still what the child stands on."""
     first, _, third = repository.points("web01")

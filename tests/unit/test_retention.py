@@ -70,8 +70,10 @@ def test_a_wrong_clock_does_not_let_all_go() -> None:
     assert kept(points, KeepRules(within=timedelta(days=1)), now) == {
         "old": [],
         "good": ["within"],
-        "ahead": ["within"],
+        "ahead": ["future"],
     }
+    assert kept(points, KeepRules(last=1), now) == {"old": [], "good": ["last"], "ahead": ["future"]}
+    assert kept(points, KeepRules(daily=2), now) == {"old": ["daily"], "good": ["daily"], "ahead": ["future"]}
     assert kept(points[2:], KeepRules(within=timedelta(0)), now) == {"ahead": ["within"]}
 
 
