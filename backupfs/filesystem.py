@@ -24,6 +24,7 @@ class Stat:
         allocated: bytes that are stored for it, for st_blocks.
         atime_ns, mtime_ns, ctime_ns: times in ns since 1970; negative before it.
         rdev: of a device, its number; else 0.
+        has_xattrs: False: it is known to have no extended attributes. Saves who lists a folder a question a name.
     """
 
     inode: int
@@ -37,6 +38,7 @@ class Stat:
     mtime_ns: int
     ctime_ns: int
     rdev: int = 0
+    has_xattrs: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ class FileSystem(Protocol):
         """Return the target of a symbolic link, as it is."""
 
     def xattrs(self, inode: int) -> dict[bytes, bytes]:
-        """Return extended attributes, full names; POSIX ACLs as system.posix_acl_access and _default, as Linux has them."""
+        """Return extended attributes, full names; POSIX ACLs as system.posix_acl_access and _default, as Linux does."""
 
     def close(self) -> None:
         """Let it go."""
