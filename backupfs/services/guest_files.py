@@ -18,12 +18,14 @@ class GuestVolume:
 
     Attributes:
         name: as in DISK.parts: `1`, `vg0-root`; 0 for a disk without partitions.
+        size: bytes.
         kind: of what is on it, for people; None: nothing that is known.
         problem: why its files can't be read; None: they can.
     """
 
     def __init__(self, volume: Volume, images: Callable[[], dict[str, Image]], crew: Crew) -> None:
         self.name = volume.name
+        self.size = volume.size
         self._volume = volume
         self._images = images
         self._crew = crew
@@ -125,7 +127,20 @@ def open_point(repository: Repository, vm: str, point: str, disk: str) -> Iterat
     if disk not in names:
         repository.open_image(vm, point, disk).close()  # says what there is not
 
+    checked: set[str] = set()
+
     def opener(name: str) -> Callable[[], Image]:
-        return lambda: repository.open_image(vm, point, name)
+        def opened() -> Image:
+            image = repository.open_image(vm, point, name)
+            try:
+                if name not in checked:
+                    image.check_map()
+                    checked.add(name)
+            except BaseException:
+                image.close()
+                raise
+            return image
+
+        return opened
 
     yield find_files({name: opener(name) for name in names}, disk, Crew())
