@@ -79,6 +79,12 @@ class BitmapUnusable(SourceError):
     exit_code = 32
 
 
+class GuestError(BackupfsError):
+    """What a guest made of its disk can't be read: damaged, of an unknown kind, or its parser died or took too long."""
+
+    exit_code = 50
+
+
 class TargetError(BackupfsError):
     """The file or device that a disk is restored to can't be written, or must not be."""
 

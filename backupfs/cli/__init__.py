@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from backupfs import __version__
-from backupfs.cli import check, edit, hydrate, keep, look, mounts, restore, take
+from backupfs.cli import check, edit, files, hydrate, keep, look, mounts, restore, take
 from backupfs.cli.options import repository_option, set_repository
 from backupfs.errors import INTERRUPTED, BackupfsError
 
@@ -19,7 +19,7 @@ _SECTIONS = {
     "Take backups": [take.init, take.backup],
     "Look": [look.points, look.show, look.map_, look.diff],
     "Mount": [mounts.mount, mounts.live, mounts.umount, hydrate.hydrate, hydrate.dehydrate],
-    "Get back": [restore.restore],
+    "Get back": [restore.restore, files.ls, files.cp, files.find, files.history],
     "Keep": [edit.edit, keep.delete, keep.prune, keep.gc],
     "Check": [check.status, check.verify],
     "Repair": [keep.reindex],
@@ -50,7 +50,8 @@ def cli() -> None:
     """Take agentless backups of KVM disks; mount every backup point as a read-only raw disk.
 
     Exit codes: 0 done, 1 failed, 2 wrong usage, 10 not found, 11 locked, 12 unsupported format, 20 damaged,
-    30 no connection to a source, 31 a source's error, 32 bitmap unusable, 40 mount failed, 130 interrupted.
+    30 no connection to a source, 31 a source's error, 32 bitmap unusable, 40 mount failed,
+    50 a guest's files can't be read, 130 interrupted.
     """
 
 

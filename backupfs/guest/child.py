@@ -1,0 +1,129 @@
+"""The process that reads one file system of a guest: `python -m backupfs.guest.child`, see services/guest_process.py.
+
+It parses what a guest wrote, in C, so it is allowed next to nothing: it is nobody where root started it, has no network
+then, opens no file, makes no process, and its memory is limited. Descriptor 3 is a socket to its parent; messages.py
+says what goes over it. It has no deadlines: its parent has them, and kills it.
+"""
+
+import contextlib
+import ctypes
+import os
+import resource
+import socket
+from typing import Any
+
+from backupfs.errors import BackupfsError, GuestError, NotFound
+from backupfs.filesystem import FileSystem, Stat
+from backupfs.guest import messages
+from backupfs.guest.families import open_family
+from backupfs.units import MiB
+
+_LINE = 3
+_MEMORY = 1024 * MiB  # of address space
+_NOBODY = 65534
+_NO_NEW_PRIVILEGES, _DIE_WITH_PARENT, _NEW_NETWORK = 38, 1, 0x40000000  # source: linux/prctl.h, linux/sched.h
+_SIGKILL = 9
+_METHODS = ("stat", "list", "read", "extents", "readlink", "xattrs")
+
+
+class _Volume:
+    """The volume, as the parent reads it."""
+
+    def __init__(self, line: socket.socket, size: int) -> None:
+        self._line = line
+        self.size = size
+
+    def readinto(self, offset: int, buffer: Any) -> None:
+        view = memoryview(buffer)
+        for position in range(0, len(view), messages.LARGEST_READ):
+            piece = view[position : position + messages.LARGEST_READ]
+            messages.send(self._line, messages.Need(offset + position, len(piece)))
+            part = messages.from_parent.decode(messages.receive(self._line))
+            if not isinstance(part, messages.Part) or part.data is None or len(part.data) != len(piece):
+                raise GuestError(f"the disk can't be read at {offset + position} of the volume")
+            piece[:] = part.data
+
+    def extents(self, offset: int, length: int) -> Any:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+
+def _answer(system: FileSystem, ask: messages.Ask) -> messages.Answer:
+    assert ask.method in _METHODS
+    found: Any = getattr(system, ask.method)(*ask.arguments)
+    match ask.method:
+        case "stat":
+            return messages.StatAnswer(_row(found))
+        case "list":
+            return messages.ListAnswer([(entry.name, _row(entry.stat)) for entry in found])
+        case "extents":
+            return messages.ExtentsAnswer([(e.offset, e.length, e.flag) for e in found])
+        case "xattrs":
+            return messages.XattrsAnswer(list(found.items()))
+        case _:
+            return messages.BytesAnswer(found)
+
+
+def _row(s: Stat) -> messages.StatRow:
+    times = s.atime_ns, s.mtime_ns, s.ctime_ns
+    return (s.inode, s.mode, s.nlink, s.uid, s.gid, s.size, s.allocated, *times, s.rdev, s.has_xattrs)
+
+
+def _give_up_rights() -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if os.geteuid() == 0:
+        libc.unshare(_NEW_NETWORK)  # a container may refuse
+        os.setgroups([])
+        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+    libc.prctl(_DIE_WITH_PARENT, _SIGKILL, 0, 0, 0)  # another user's process was asked for it before
+    libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+    for limit, value in (
+        (resource.RLIMIT_AS, _MEMORY),
+        (resource.RLIMIT_NOFILE, _LINE + 1),
+        (resource.RLIMIT_NPROC, 0),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(limit, (value, value))
+
+
+def _serve(line: socket.socket) -> None:
+    order = messages.from_parent.decode(messages.receive(line))
+    if not isinstance(order, messages.Order):
+        raise ValueError("no order")
+    volume = _Volume(line, order.size)
+    system: FileSystem | None = None
+    ask: Any = order
+    while True:
+        answer: messages.Answer
+        try:
+            if system is None:
+                system = open_family(volume, order.family, order.kind)
+                answer = messages.Opened(system.root, list(system.notes))
+            else:
+                answer = _answer(system, ask)
+        except NotFound as e:
+            answer = messages.Failed(True, str(e))
+        except BackupfsError as e:
+            answer = messages.Failed(False, str(e))
+        except (ValueError, ArithmeticError, LookupError, MemoryError, OSError, UnicodeError) as e:
+            # What a parser raises on damage. A socket that broke raises here again at once.
+            answer = messages.Failed(False, f"damaged: {e!r}"[:500])
+        messages.send(line, answer)
+        ask = messages.from_parent.decode(messages.receive(line))
+
+
+def main() -> None:
+    """Answer until the parent is gone."""
+    line = socket.socket(fileno=_LINE)
+    os.chdir("/")
+    _give_up_rights()
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        _serve(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What is on a partition or volume, by its signatures: the kind of file system, or why there is none to be read."""
+
+import struct
+from dataclasses import dataclass
+
+from backupfs.guest.reading import read
+from backupfs.image import Image
+from backupfs.units import KiB
+
+EXT, NTFS, FAT, XFS, BTRFS = "ext", "ntfs", "vfat", "xfs", "btrfs"
+
+# Offset, magic, what it is: none of these is read. Source: libblkid's probes.
+_OTHERS = (
+    (0, b"LUKS\xba\xbe", "encrypted by LUKS"),
+    (3, b"-FVE-FS-", "encrypted by BitLocker"),
+    (3, b"EXFAT   ", "exFAT"),
+    (3, b"ReFS\0\0\0\0", "ReFS"),
+    (0, b"hsqs", "squashfs"),
+    (1024, b"\x10\x20\xf5\xf2", "F2FS"),
+    (1024, b"H+", "HFS+"),
+    (1024, b"HX", "HFS+"),
+    (32, b"NXSB", "APFS"),
+    (512, b"LABELONE", "a physical volume of LVM2"),
+    (0, b"LABELONE", "a physical volume of LVM2"),
+    (0, b"\xfc\x4e\x2b\xa9", "a member of a Linux RAID"),
+    (4096, b"\xfc\x4e\x2b\xa9", "a member of a Linux RAID"),
+    (4086, b"SWAPSPACE2", "swap space"),
+    (4086, b"SWAP-SPACE", "swap space"),
+    (32769, b"CD001", "ISO 9660"),
+)
+_EXT_MAGIC = b"\x53\xef"
+_JOURNAL_DEVICE, _RECOVER, _META_BG, _COMPRESSION = 0x8, 0x4, 0x10, 0x1
+_KNOWN_INCOMPAT = 0x2 | _RECOVER | 0x40 | 0x80 | 0x100 | 0x200 | 0x400 | 0x2000 | 0x4000 | 0x8000 | 0x10000 | 0x20000
+_BIGALLOC = 0x200
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What was found.
+
+    Args:
+        family: EXT, NTFS, …: what reads it; None: nothing does.
+        kind: for people: `ext4`; "" when nothing was found.
+        problem: why it can't be read; None when it can.
+    """
+
+    family: str | None
+    kind: str
+    problem: str | None = None
+
+
+def detect(volume: Image) -> Found:
+    """Say what is on a volume.
+
+    Raises:
+        BackupfsError: it can't be read.
+    """
+    head = read(volume, 0, min(volume.size, 68 * KiB)) or b""
+    if head[1080:1082] == _EXT_MAGIC:
+        return _ext(head)
+    if head[:4] == b"XFSB":
+        return Found(XFS, "xfs")
+    if head[0x10040:0x10048] == b"_BHRfS_M":
+        return Found(BTRFS, "btrfs")
+    for offset, magic, what in _OTHERS:
+        if head[offset : offset + len(magic)] == magic:
+            return Found(None, what, f"{what}: not a file system that backupfs reads")
+    if head[3:11] == b"NTFS    ":
+        return Found(NTFS, "ntfs")
+    if head[510:512] == b"\x55\xaa" and (head[54:57] == b"FAT" or head[82:87] == b"FAT32"):
+        return Found(FAT, "vfat")
+    return Found(None, "", "no file system was found" if any(head) else "nothing is on it, or nothing that is known")
+
+
+def _ext(head: bytes) -> Found:
+    """Source: fs/ext4/ext4.h, struct ext4_super_block."""
+    compat, incompat, ro_compat = struct.unpack_from("<3I", head, 1024 + 0x5C)
+    kind = "ext4" if incompat & ~0x7 or ro_compat & ~0x7 else "ext3" if compat & 0x4 else "ext2"
+    if incompat & _JOURNAL_DEVICE:
+        return Found(None, kind, "the journal of an ext file system: there are no files in it")
+    for flag, name in ((_META_BG, "meta_bg"), (_COMPRESSION, "compression")):
+        if incompat & flag:
+            return Found(None, kind, f"{kind} with {name}, which backupfs does not read")
+    if ro_compat & _BIGALLOC:
+        return Found(None, kind, f"{kind} with bigalloc, which backupfs does not read")
+    if incompat & ~_KNOWN_INCOMPAT:
+        return Found(None, kind, f"{kind} with features that backupfs does not know ({incompat & ~_KNOWN_INCOMPAT:#x})")
+    return Found(EXT, kind)

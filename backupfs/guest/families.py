@@ -1,0 +1,18 @@
+"""The parsers of file systems. Imported by the child alone: they are C, or slow to import."""
+
+from backupfs.errors import GuestError
+from backupfs.filesystem import FileSystem
+from backupfs.guest.detect import EXT, FAT, NTFS
+from backupfs.guest.tsk import TskFileSystem
+from backupfs.image import Image
+
+
+def open_family(volume: Image, family: str, kind: str) -> FileSystem:
+    """Return a volume's file system.
+
+    Raises:
+        GuestError: it can't be opened.
+    """
+    if family in {EXT, NTFS, FAT}:
+        return TskFileSystem(volume, family, kind)
+    raise GuestError(f"{kind}: backupfs does not read it")

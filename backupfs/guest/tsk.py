@@ -1,0 +1,349 @@
+"""ext2/3/4, NTFS and FAT, read by The Sleuth Kit; and of ext's inodes what it does not tell (ext_inode.py).
+
+C on what a guest wrote: only in a process of its own (child.py). One thread.
+"""
+
+import functools
+import stat as st
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import pytsk3
+
+from backupfs.errors import GuestError, NotFound
+from backupfs.extents import Extent, coalesce
+from backupfs.filesystem import Entry, Stat
+from backupfs.guest.detect import EXT, FAT, NTFS
+from backupfs.guest.ext_inode import ENCRYPT_FLAG, INLINE_FLAG, Inode, Inodes
+from backupfs.image import Image
+
+_MOST_ENTRIES = 1_000_000  # in a folder
+_LONGEST_LINK = 4096
+_TYPES = {
+    pytsk3.TSK_FS_META_TYPE_REG: st.S_IFREG,
+    pytsk3.TSK_FS_META_TYPE_DIR: st.S_IFDIR,
+    pytsk3.TSK_FS_META_TYPE_LNK: st.S_IFLNK,
+}
+_VIRTUAL = (pytsk3.TSK_FS_NAME_TYPE_VIRT, pytsk3.TSK_FS_NAME_TYPE_VIRT_DIR)
+_LABEL = b" (Volume Label Entry)"
+_FIRST_USER_SEGMENT = 24  # of NTFS' master file table: before it is the file system's own
+_OWN_SEGMENTS = frozenset(range(5)) | frozenset(range(6, _FIRST_USER_SEGMENT))  # 5 is the root
+_REPARSE_LINKS = {0xA000000C: 20, 0xA0000003: 16}  # symbolic link, junction: where the names begin
+_REPARSE_FILES = {0x80000017: "compressed by Windows (WOF)", 0x80000013: "deduplicated by Windows"}
+# Of ext a hole at the beginning or in the middle is a filler, the one at the end, or what was never written, is sparse.
+_HOLE = int(pytsk3.TSK_FS_ATTR_RUN_FLAG_FILLER) | int(pytsk3.TSK_FS_ATTR_RUN_FLAG_SPARSE)
+
+
+class _Volume(pytsk3.Img_Info):  # type: ignore[misc]
+    """A volume, as The Sleuth Kit reads it."""
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        super().__init__(url="", type=pytsk3.TSK_IMG_TYPE_EXTERNAL)
+
+    def close(self) -> None:
+        """Called by The Sleuth Kit."""
+
+    def read(self, offset: int, size: int) -> bytes:
+        size = max(0, min(size, self._image.size - offset))
+        buffer = bytearray(size)
+        if size:
+            self._image.readinto(offset, buffer)
+        return bytes(buffer)
+
+    def get_size(self) -> int:
+        return self._image.size
+
+
+class TskFileSystem:
+    """A FileSystem (filesystem.py), as `detect` found it."""
+
+    def __init__(self, volume: Image, family: str, kind: str) -> None:
+        self.kind = kind
+        self.notes: tuple[str, ...] = ()
+        self._family = family
+        self._volume = volume
+        self._inodes = Inodes(volume) if family == EXT else None
+        try:
+            self._fs = pytsk3.FS_Info(_Volume(volume))
+        except OSError as e:
+            raise GuestError(f"the {kind} can't be opened: {_words(e)}") from e
+        self.root = int(self._fs.info.root_inum)
+        self._open = functools.lru_cache(256)(self._open_anew)
+        if self._inodes is not None and self._inodes.incompat & 0x4:
+            self.notes = ("its journal was not replayed: what was written last may be missing",)
+
+    def stat(self, inode: int) -> Stat:
+        return self._stat(inode, self._open(inode))
+
+    def list(self, inode: int) -> list[Entry]:
+        self._open(inode)
+        found: dict[bytes, Entry] = {}
+        try:
+            for entry in self._fs.open_dir(inode=inode):
+                name = self._name(entry, inode)
+                if name is None or name in found:
+                    continue
+                number = int(entry.info.name.meta_addr)
+                try:
+                    found[name] = Entry(name, self._stat(number, self._checked(entry, number)))
+                except NotFound:
+                    continue  # an entry without an inode: the kernel does not show it either
+                if len(found) > _MOST_ENTRIES:
+                    raise GuestError(f"the folder has more than {_MOST_ENTRIES:,} entries")
+        except OSError as e:
+            raise GuestError(f"folder {inode} can't be read: {_words(e)}") from e
+        return list(found.values())
+
+    def read(self, inode: int, offset: int, length: int) -> bytes:
+        file = self._open(inode)
+        self._refuse_unreadable(inode, file)
+        wanted = min(length, int(file.info.meta.size) - offset)
+        if wanted <= 0:
+            return b""
+        parts, done = [], 0
+        while done < wanted:
+            try:
+                part = file.read_random(offset + done, wanted - done)
+            except OSError as e:
+                raise GuestError(f"inode {inode} can't be read at {offset + done}: {_words(e)}") from e
+            if not part:
+                raise GuestError(f"inode {inode} can't be read at {offset + done}: it ends there")
+            parts.append(part)
+            done += len(part)
+        return b"".join(parts)
+
+    def extents(self, inode: int, offset: int, length: int) -> Iterator[Extent]:
+        return coalesce(self._extents(self._open(inode), offset, offset + length))
+
+    def readlink(self, inode: int) -> bytes:
+        file = self._open(inode)
+        if self._inodes is not None:
+            target = self._ext_link(self._inodes.get(inode))
+        else:
+            target = self._reparse_link(file) or b""
+        if not target:
+            raise GuestError(f"inode {inode} is no symbolic link")
+        return target
+
+    def xattrs(self, inode: int) -> dict[bytes, bytes]:
+        file = self._open(inode)
+        if self._inodes is not None:
+            return self._inodes.xattrs(self._inodes.get(inode))
+        return dict(self._streams(inode, file)) if self._family == NTFS else {}
+
+    def close(self) -> None:
+        self._open.cache_clear()
+
+    # Files.
+
+    def _open_anew(self, inode: int) -> Any:
+        if self._family == NTFS and inode in _OWN_SEGMENTS:
+            raise NotFound(f"there is no inode {inode}")
+        try:
+            file = self._fs.open_meta(inode)
+        except OSError as e:
+            raise NotFound(f"inode {inode} can't be found: {_words(e)}") from e
+        return self._checked(file, inode)
+
+    @staticmethod
+    def _checked(file: Any, inode: int) -> Any:
+        meta = file.info.meta
+        if meta is None or not int(meta.flags) & int(pytsk3.TSK_FS_META_FLAG_ALLOC):
+            raise NotFound(f"there is no inode {inode}")
+        return file
+
+    def _name(self, entry: Any, folder: int) -> bytes | None:
+        """Return the name of what is in a folder, or None where nothing is to be shown."""
+        info = entry.info.name
+        name = bytes(info.name or b"")
+        if not int(info.flags) & int(pytsk3.TSK_FS_NAME_FLAG_ALLOC) or info.type in _VIRTUAL:
+            return None
+        if name in {b"", b".", b".."} or b"/" in name or b"\0" in name:
+            return None
+        if self._family == NTFS and folder == self.root and int(info.meta_addr) < _FIRST_USER_SEGMENT:
+            return None
+        if self._family == FAT and folder == self.root and name.endswith(_LABEL):
+            return None
+        return name
+
+    def _stat(self, inode: int, file: Any) -> Stat:
+        if self._inodes is not None:
+            found = self._inodes.get(inode)
+            size = len(self._ext_link(found)) if st.S_ISLNK(found.mode) else found.size
+            # As the kernel counts what is in the inode itself. Source: fs/ext4/inode.c, ext4_file_getattr.
+            inline = -(-size // 512) * 512 if found.flags & INLINE_FLAG and not st.S_ISDIR(found.mode) else 0
+            return Stat(
+                inode=inode,
+                mode=found.mode,
+                nlink=found.nlink,
+                uid=found.uid,
+                gid=found.gid,
+                size=size,
+                allocated=found.allocated + inline,
+                atime_ns=found.atime_ns,
+                mtime_ns=found.mtime_ns,
+                ctime_ns=found.ctime_ns,
+                rdev=found.rdev,
+                has_xattrs=self._inodes.has_xattrs(found),
+            )
+        return self._other_stat(inode, file)
+
+    def _other_stat(self, inode: int, file: Any) -> Stat:
+        """Return what ntfs-3g, or Linux's vfat, show without options: there are no owners, and these modes."""
+        meta = file.info.meta
+        mode = _TYPES.get(meta.type, 0) or st.S_IFREG
+        size, nlink = int(meta.size), 1
+        target = self._reparse_link(file) if self._family == NTFS else None
+        if target is not None:
+            mode, size = st.S_IFLNK, len(target)
+        if self._family == NTFS and not st.S_ISDIR(mode):
+            nlink = max(1, self._names(file))
+        allocated = sum(e.length for e in self._extents(file, 0, size) if not e.flag) if st.S_ISREG(mode) else 0
+        return Stat(
+            inode=inode,
+            mode=mode | (0o777 if self._family == NTFS else 0o755),
+            nlink=nlink,
+            uid=0,
+            gid=0,
+            size=size,
+            allocated=-(-allocated // 512) * 512,
+            atime_ns=int(meta.atime) * 10**9 + int(meta.atime_nano),
+            mtime_ns=int(meta.mtime) * 10**9 + int(meta.mtime_nano),
+            ctime_ns=int(meta.ctime or meta.mtime) * 10**9 + int(meta.ctime_nano),
+            has_xattrs=self._family == NTFS and any(_is_stream(attribute) for attribute in file),
+        )
+
+    def _refuse_unreadable(self, inode: int, file: Any) -> None:
+        """Raise GuestError for what would come out wrong."""
+        if self._inodes is not None:
+            found = self._inodes.get(inode)
+            if not st.S_ISREG(found.mode):
+                raise GuestError(f"inode {inode} is no file")
+            if found.flags & ENCRYPT_FLAG:
+                raise GuestError(f"inode {inode} is encrypted")
+            return
+        if self._family != NTFS:
+            return
+        tag = self._reparse_tag(file)
+        if tag in _REPARSE_FILES:
+            raise GuestError(f"inode {inode} is {_REPARSE_FILES[tag]}, which is not read")
+        data = _data(file)
+        if data is not None and int(data.info.flags) & int(pytsk3.TSK_FS_ATTR_ENC):
+            raise GuestError(f"inode {inode} is encrypted")
+
+    def _ext_link(self, inode: Inode) -> bytes:
+        if not st.S_ISLNK(inode.mode):
+            return b""
+        if inode.size > _LONGEST_LINK:
+            raise GuestError(f"symbolic link {inode.number} is damaged: its target is {inode.size} bytes long")
+        if inode.size < len(inode.block) and not inode.flags & INLINE_FLAG:
+            return inode.block[: inode.size]
+        file = self._open(inode.number)
+        try:
+            target = bytes(file.read_random(0, inode.size))
+        except OSError as e:
+            raise GuestError(f"symbolic link {inode.number} can't be read: {_words(e)}") from e
+        if len(target) != inode.size:
+            raise GuestError(f"symbolic link {inode.number} is damaged")
+        return target
+
+    def _extents(self, file: Any, offset: int, end: int) -> Iterator[Extent]:
+        """Yield what is data and what is a hole, by the runs of the file's content."""
+        data, block = _data(file), int(self._fs.info.block_size)
+        if (
+            data is None
+            or not int(data.info.flags) & int(pytsk3.TSK_FS_ATTR_NONRES)
+            or (int(data.info.flags) & int(pytsk3.TSK_FS_ATTR_COMP))
+        ):
+            yield Extent(offset, max(0, end - offset), False)
+            return
+        position = offset
+        for run in data:
+            first, size = int(run.offset) * block, int(run.len) * block
+            begin, stop = max(position, first), min(end, first + size)
+            if begin < stop:
+                yield Extent(position, begin - position, True)
+                yield Extent(begin, stop - begin, bool(int(run.flags) & _HOLE))
+                position = stop
+        yield Extent(position, max(0, end - position), True)
+
+    # NTFS.
+
+    @staticmethod
+    def _names(file: Any) -> int:
+        """Count a file's names, without those that are for DOS only."""
+        count = 0
+        for attribute in file:
+            if int(attribute.info.type) == int(pytsk3.TSK_FS_ATTR_TYPE_NTFS_FNAME):
+                content = _content(file, attribute, 68)
+                count += len(content) > 65 and content[65] != 2
+        return count
+
+    @staticmethod
+    def _reparse(file: Any) -> bytes:
+        for attribute in file:
+            if int(attribute.info.type) == int(pytsk3.TSK_FS_ATTR_TYPE_NTFS_REPARSE):
+                return _content(file, attribute, 16 << 10)
+        return b""
+
+    def _reparse_tag(self, file: Any) -> int:
+        content = self._reparse(file)
+        return struct.unpack_from("<I", content)[0] if len(content) >= 8 else 0
+
+    def _reparse_link(self, file: Any) -> bytes | None:
+        """Return the target of a symbolic link or junction, with slashes; None: it is none.
+
+        Source: MS-FSCC 2.1.2.4 and 2.1.2.5.
+        """
+        content = self._reparse(file) if self._family == NTFS else b""
+        if len(content) < 16:
+            return None
+        tag, _, _, at, length, print_at, print_length = struct.unpack_from("<IHHHHHH", content)
+        begin = _REPARSE_LINKS.get(tag)
+        if begin is None:
+            return None
+        if print_length:
+            at, length = print_at, print_length
+        target = content[begin + at : begin + at + length].decode("utf-16-le", "surrogatepass").replace("\\", "/")
+        return target.encode("utf-8", "surrogatepass").replace(b"\0", b"")[:_LONGEST_LINK] or b"/"
+
+    def _streams(self, inode: int, file: Any) -> Iterator[tuple[bytes, bytes]]:
+        """Yield alternate data streams, named as ntfs-3g names them."""
+        for attribute in file:
+            if _is_stream(attribute):
+                size = int(attribute.info.size)
+                if size <= 64 << 10:  # more than fits an xattr is not shown as one
+                    content = _content(file, attribute, size)
+                    if len(content) != size:
+                        raise GuestError(f"inode {inode}: a stream can't be read")
+                    yield b"user." + bytes(attribute.info.name), content
+
+
+def _is_stream(attribute: Any) -> bool:
+    return int(attribute.info.type) == int(pytsk3.TSK_FS_ATTR_TYPE_NTFS_DATA) and bool(attribute.info.name)
+
+
+def _data(file: Any) -> Any:
+    """Return the attribute with a file's content, or None."""
+    wanted = {
+        int(pytsk3.TSK_FS_ATTR_TYPE_DEFAULT),
+        int(pytsk3.TSK_FS_ATTR_TYPE_NTFS_DATA),
+    }
+    for attribute in file:
+        if int(attribute.info.type) in wanted and not attribute.info.name:
+            return attribute
+    return None
+
+
+def _content(file: Any, attribute: Any, length: int) -> bytes:
+    size = min(length, int(attribute.info.size))
+    try:
+        return bytes(file.read_random(0, size, attribute.info.type, attribute.info.id)) if size else b""
+    except OSError as e:
+        raise GuestError(f"an attribute can't be read: {_words(e)}") from e
+
+
+def _words(error: OSError) -> str:
+    return " ".join(str(error).split())[:500]

@@ -1,0 +1,242 @@
+"""Copy a guest's files into a folder of the host: contents, holes, modes, owners, times, extended attributes.
+
+The guest chose the names, the links and the modes. So everything is done relative to descriptors of folders that were
+opened without following links; no device is made, and nothing becomes setuid.
+"""
+
+import contextlib
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+from backupfs.errors import BackupfsError, GuestError, TargetError
+from backupfs.filesystem import FileSystem, Stat
+from backupfs.services.guest_path import DEEPEST, printable
+from backupfs.units import MiB
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_PIECE = MiB
+_DANGEROUS = stat.S_ISUID | stat.S_ISGID
+_CAPABILITIES = b"security.capability"
+
+
+@dataclass
+class Report:
+    """What was done.
+
+    Attributes:
+        files, bytes: copied; `there`: files that were there already, with the same size and time.
+        left_out: devices and sockets. `harmless`: what was setuid, setgid or had capabilities, and is not any more.
+        attributes: files of which the target does not keep the owner or all extended attributes.
+        failed: paths, and what went wrong.
+    """
+
+    files: int = 0
+    bytes: int = 0
+    there: int = 0
+    left_out: int = 0
+    harmless: int = 0
+    attributes: int = 0
+    failed: list[tuple[str, str]] = field(default_factory=list)
+
+
+Progress = Callable[[Report], None]
+
+
+def copy(  # noqa: PLR0917
+    system: FileSystem, source: Stat, target: str, name: str, force: bool, report: Report, progress: Progress
+) -> None:
+    """Copy a file or folder.
+
+    Args:
+        target: the folder to copy into; it exists.
+        name: what it is to be called there; "": what is in the folder `source`, without itself.
+        force: replace files that are there and differ.
+
+    Raises:
+        TargetError: the target can't be written to at all.
+    """
+    try:
+        root = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as e:
+        raise TargetError(f"{target}: {e.strerror}") from e
+    try:
+        copier = _Copier(system, root, force, report, progress)
+        if name:
+            copier.one(root, b"", os.fsencode(name), source, (source.inode,))
+        else:
+            copier.inside(root, b"", source, (source.inode,))
+    finally:
+        os.close(root)
+
+
+def write_out(system: FileSystem, source: Stat, out: BinaryIO) -> None:
+    """Write a file's content to a stream. Raises GuestError."""
+    if not stat.S_ISREG(source.mode):
+        raise GuestError("only a file can be written to standard output")
+    offset = 0
+    while offset < source.size:
+        piece = system.read(source.inode, offset, _PIECE)
+        if not piece:
+            raise GuestError(f"the file ends at {offset}, not at {source.size}")
+        out.write(piece)
+        offset += len(piece)
+
+
+class _Copier:
+    def __init__(self, system: FileSystem, root: int, force: bool, report: Report, progress: Progress) -> None:
+        self._system = system
+        self._root = root
+        self._force = force
+        self._report = report
+        self._progress = progress
+        self._first_names: dict[int, bytes] = {}  # of what has several, by inode, from the root
+        self._is_root = os.geteuid() == 0
+
+    def inside(self, folder: int, path: bytes, source: Stat, above: tuple[int, ...]) -> None:
+        """Copy what is in a folder."""
+        for entry in self._system.list(source.inode):
+            self.one(folder, path, entry.name, entry.stat, (*above, entry.stat.inode))
+
+    def one(self, folder: int, path: bytes, name: bytes, source: Stat, above: tuple[int, ...]) -> None:
+        """Copy one thing, and go on if it fails. `path`: of the folder, from the root, with a slash at its end."""
+        try:
+            self._copy(folder, path, name, source, above)
+        except BackupfsError as e:
+            self._report.failed.append((printable(path + name), str(e)))
+        except OSError as e:
+            self._report.failed.append((printable(path + name), e.strerror or str(e)))
+        self._progress(self._report)
+
+    def _copy(self, folder: int, path: bytes, name: bytes, source: Stat, above: tuple[int, ...]) -> None:
+        kind = stat.S_IFMT(source.mode)
+        if kind == stat.S_IFDIR:
+            self._copy_folder(folder, path, name, source, above)
+            return
+        there = _status(folder, name)
+        if kind not in {stat.S_IFREG, stat.S_IFLNK, stat.S_IFIFO}:
+            self._report.left_out += 1
+        elif there is not None and self._is_same(folder, name, source, there):
+            self._report.there += 1
+        elif there is not None and (stat.S_ISDIR(there.st_mode) or not self._force):
+            raise TargetError("is there already, and differs; --force replaces it")
+        else:
+            with self._temporary(folder, name) as temporary:
+                self._make(folder, temporary, source)
+            self._report.files += 1
+        if source.nlink > 1 and kind == stat.S_IFREG:
+            self._first_names.setdefault(source.inode, path + name)
+
+    def _is_same(self, folder: int, name: bytes, source: Stat, there: os.stat_result) -> bool:
+        if stat.S_IFMT(there.st_mode) != stat.S_IFMT(source.mode):
+            return False
+        if stat.S_ISLNK(source.mode):
+            return os.readlink(name, dir_fd=folder) == self._system.readlink(source.inode)
+        # Some file systems keep whole seconds, or less.
+        near = abs(there.st_mtime_ns - source.mtime_ns) < 10**9 if there.st_mtime_ns % 10**9 == 0 else False
+        return there.st_size == source.size and (near or there.st_mtime_ns == source.mtime_ns)
+
+    @contextlib.contextmanager
+    def _temporary(self, folder: int, name: bytes) -> Iterator[bytes]:
+        """Give a name for what is being made; afterwards it is in its place, or gone."""
+        temporary = b".backupfs-%d.part" % os.getpid()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=folder)
+        try:
+            yield temporary
+            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary, dir_fd=folder)
+            raise
+
+    def _make(self, folder: int, name: bytes, source: Stat) -> None:
+        first = self._first_names.get(source.inode) if source.nlink > 1 else None
+        if first is not None:
+            os.link(first, name, src_dir_fd=self._root, dst_dir_fd=folder, follow_symlinks=False)
+            return
+        if stat.S_ISLNK(source.mode):
+            os.symlink(self._system.readlink(source.inode), name, dir_fd=folder)
+            if self._is_root:
+                os.chown(name, source.uid, source.gid, dir_fd=folder, follow_symlinks=False)
+            os.utime(name, ns=(source.atime_ns, source.mtime_ns), dir_fd=folder, follow_symlinks=False)
+            return
+        if stat.S_ISFIFO(source.mode):
+            os.mkfifo(name, 0o600, dir_fd=folder)
+            file = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        else:
+            file = os.open(name, _NEW, 0o600, dir_fd=folder)
+        try:
+            if stat.S_ISREG(source.mode):
+                self._write(file, source)
+            self._finish(file, source)
+        finally:
+            os.close(file)
+
+    def _write(self, file: int, source: Stat) -> None:
+        os.ftruncate(file, source.size)
+        for extent in self._system.extents(source.inode, 0, source.size):
+            offset = extent.offset
+            while offset < extent.end and not extent.flag:
+                piece = self._system.read(source.inode, offset, min(_PIECE, extent.end - offset))
+                if not piece:
+                    raise GuestError(f"the file ends at {offset}, not at {source.size}")
+                _write_all(file, piece, offset)
+                offset += len(piece)
+                self._report.bytes += len(piece)
+                self._progress(self._report)
+
+    def _copy_folder(self, parent: int, path: bytes, name: bytes, source: Stat, above: tuple[int, ...]) -> None:
+        if source.inode in above[:-1] or len(above) > DEEPEST:
+            raise GuestError("the folder is inside of itself")
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, 0o700, dir_fd=parent)
+        try:
+            folder = os.open(name, _FOLDER, dir_fd=parent)
+        except OSError as e:
+            raise TargetError(f"is there already, and is no folder ({e.strerror})") from e
+        try:
+            self.inside(folder, path + name + b"/", source, above)
+            self._finish(folder, source)
+        finally:
+            os.close(folder)
+
+    def _finish(self, file: int, source: Stat) -> None:
+        """Set what is known of a file or folder; times last."""
+        kept = True
+        if self._is_root:
+            try:
+                os.fchown(file, source.uid, source.gid)
+            except OSError:
+                kept = False
+        mode = stat.S_IMODE(source.mode)
+        dangerous = bool(mode & _DANGEROUS) and not stat.S_ISDIR(source.mode)
+        os.fchmod(file, mode & ~_DANGEROUS if dangerous else mode)
+        for key, value in self._system.xattrs(source.inode).items() if source.has_xattrs else ():
+            if key == _CAPABILITIES:
+                dangerous = True
+                continue
+            try:
+                os.setxattr(file, key, value)
+            except OSError:
+                kept = False
+        os.utime(file, ns=(source.atime_ns, source.mtime_ns))
+        self._report.harmless += dangerous
+        self._report.attributes += not kept
+
+
+def _status(folder: int, name: bytes) -> os.stat_result | None:
+    try:
+        return os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def _write_all(file: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(file, view, offset)
+        view, offset = view[done:], offset + done

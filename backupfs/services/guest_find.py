@@ -1,0 +1,188 @@
+"""In which points is a file, and where did it change? All points of a VM, oldest first."""
+
+import fnmatch
+import hashlib
+import re
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from backupfs.errors import BackupfsError, NotFound
+from backupfs.filesystem import FileSystem, Stat
+from backupfs.repository.repository import Repository
+from backupfs.services.diff import differences
+from backupfs.services.guest_files import open_point
+from backupfs.services.guest_path import GuestPath, look_up, open_volume, walk
+from backupfs.units import MiB
+
+_Found = dict[tuple[str, bytes], Stat]  # (volume, path)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What could not be looked at."""
+
+    where: str
+    what: str
+
+
+def find(
+    repository: Repository, vm: str, pattern: str, disk: str | None, complain: Callable[[Problem], None]
+) -> Iterator[dict[str, Any]]:
+    """Yield, for each path, where it is: `disk`, `volume`, `path` (bytes), and `points`: of each point in which it is
+    other than in the one before `point`, `change` ("new", "changed", "gone"), and unless gone `stat`; with `last`, the
+    last point that has it so.
+
+    Args:
+        pattern: a name or glob, compared with the last part of a path; with a slash in it with all of it.
+        disk: only this one.
+        complain: called with what can't be read; its paths are not told to be gone.
+
+    Raises:
+        NotFound: there is no such VM.
+    """
+    repository.resolve(vm, "latest")
+    matches = _matcher(pattern)
+    seen: dict[str, tuple[str, _Found]] = {}  # disk -> the point it was last looked at, and what was found there
+    paths: dict[tuple[str, str, bytes], list[dict[str, Any]]] = {}
+    for point in repository.points(vm):
+        for name in _disks(repository, vm, point, disk, complain):
+            try:
+                before_point, before = seen.get(name, ("", _Found()))
+                if before_point and not any(differences(repository, (vm, before_point), (vm, point), name)):
+                    found = before
+                else:
+                    found = _look(repository, vm, point, name, matches, before, complain)
+            except BackupfsError as e:
+                complain(Problem(f"{vm}/{point}/{name}", str(e)))
+                continue
+            seen[name] = point, found
+            for key in sorted(before.keys() | found.keys()):
+                _note(paths.setdefault((name, *key), []), point, before.get(key), found.get(key))
+    for (name, volume, path), points in sorted(paths.items()):
+        yield {"disk": name, "volume": volume, "path": path, "points": points}
+
+
+def _disks(
+    repository: Repository, vm: str, point: str, disk: str | None, complain: Callable[[Problem], None]
+) -> list[str]:
+    try:
+        return [d.name for d in repository.manifest(vm, point).disks if disk in {None, d.name}]
+    except BackupfsError as e:
+        complain(Problem(f"{vm}/{point}", str(e)))
+        return []
+
+
+def _look(  # noqa: PLR0917
+    repository: Repository,
+    vm: str,
+    point: str,
+    disk: str,
+    matches: Callable[[bytes], bool],
+    before: _Found,
+    complain: Callable[[Problem], None],
+) -> _Found:
+    """Return what matches on a disk. What can't be read is as it was before."""
+    found: _Found = {}
+    with open_point(repository, vm, point, disk) as files:
+        for volume in files.volumes.values():
+            if volume.problem is not None:
+                continue
+            try:
+                with closing(volume.open()) as system:
+                    root = system.stat(system.root)
+                    found |= {(volume.name, path): s for path, s in walk(system, root) if matches(path)}
+            except BackupfsError as e:
+                complain(Problem(f"{vm}/{point}/{disk}:{volume.name}", str(e)))
+                found |= {key: s for key, s in before.items() if key[0] == volume.name}
+    return found
+
+
+def _note(points: list[dict[str, Any]], point: str, before: Stat | None, now: Stat | None) -> None:
+    if now is None:
+        points.append({"point": point, "change": "gone"})
+    elif before is None:
+        points.append({"point": point, "last": point, "change": "new", "stat": now})
+    elif (before.mode, before.size, before.mtime_ns, before.inode) != (now.mode, now.size, now.mtime_ns, now.inode):
+        points.append({"point": point, "last": point, "change": "changed", "stat": now})
+    else:
+        points[-1]["last"] = point
+
+
+def _matcher(pattern: str) -> Callable[[bytes], bool]:
+    encoded = pattern.encode(errors="surrogateescape")
+    if b"/" in encoded:
+        whole = encoded if encoded.startswith(b"/") else b"*/" + encoded
+        compiled = re.compile(fnmatch.translate(whole.decode("latin-1")).encode("latin-1"), re.DOTALL)
+        return lambda path: compiled.match(path) is not None
+    compiled = re.compile(fnmatch.translate(encoded.decode("latin-1")).encode("latin-1"), re.DOTALL)
+    return lambda path: compiled.match(path.rpartition(b"/")[2]) is not None
+
+
+def history(  # noqa: PLR0917
+    repository: Repository, vm: str, disk: str, volume: str, path: bytes, complain: Callable[[Problem], None]
+) -> Iterator[dict[str, Any]]:
+    """Yield the versions of a file: `first` and `last` point that have it so, and `stat` and `sha256` (of a file, else
+    None), or None for both where it is not there. Raises NotFound: no point has it."""
+    repository.resolve(vm, "latest")
+    held: dict[str, Any] | None = None
+    there = False
+    before_point = ""
+    for point in repository.points(vm):
+        try:
+            unchanged = (
+                held is not None
+                and before_point
+                and not any(differences(repository, (vm, before_point), (vm, point), disk))
+            )
+            if not unchanged:
+                found, digest = _version(repository, GuestPath(vm, point, disk, volume, path))
+        except BackupfsError as e:
+            complain(Problem(f"{vm}/{point}/{disk}", str(e)))
+            continue
+        before_point = point
+        if held is not None and (unchanged or _same(held, found, digest)):
+            held["last"] = point
+            continue
+        if held is not None and (there or held["stat"]):
+            yield held
+        there = there or found is not None
+        held = {"first": point, "last": point, "stat": found, "sha256": digest}
+    if held is not None and there:
+        yield held
+    elif not there:
+        raise NotFound(f"no point of {vm} has it")
+
+
+def _same(held: dict[str, Any], found: Stat | None, digest: str | None) -> bool:
+    before: Stat | None = held["stat"]
+    if before is None or found is None:
+        return before is found
+    return (before.mode, before.size, before.mtime_ns, held["sha256"]) == (
+        found.mode,
+        found.size,
+        found.mtime_ns,
+        digest,
+    )
+
+
+def _version(repository: Repository, path: GuestPath) -> tuple[Stat | None, str | None]:
+    try:
+        with open_volume(repository, path) as system:
+            found = look_up(system, path.path)
+            return found, _digest(system, found) if stat.S_ISREG(found.mode) else None
+    except NotFound:
+        return None, None
+
+
+def _digest(system: FileSystem, file: Stat) -> str:
+    digest, offset = hashlib.sha256(), 0
+    while offset < file.size:
+        piece = system.read(file.inode, offset, MiB)
+        if not piece:
+            break
+        digest.update(piece)
+        offset += len(piece)
+    return digest.hexdigest()

@@ -1,0 +1,142 @@
+"""Paths in guests' file systems: `VM/POINT/DISK:[VOLUME]/path`, and what they lead to."""
+
+import stat
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+
+from backupfs.errors import GuestError, NotFound, UsageError
+from backupfs.filesystem import FileSystem, Stat
+from backupfs.repository import names
+from backupfs.repository.repository import Repository
+from backupfs.services import points
+from backupfs.services.guest_files import GuestFiles, GuestVolume, open_point
+
+MOST_LINKS = 40
+DEEPEST = 512  # folders in folders
+"""Who wants more has a loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuestPath:
+    """A path in a disk: `volume` may be empty, `path` has no slashes at its ends."""
+
+    vm: str
+    point: str
+    disk: str
+    volume: str
+    path: bytes
+
+
+def parse_inside(text: str) -> tuple[str, str, bytes]:
+    """Return (disk, volume, path) of `DISK:[VOLUME]/path`. Raises UsageError."""
+    disk, colon, inside = text.partition(":")
+    volume, _, path = inside.partition("/")
+    if not colon:
+        raise UsageError(f"{text!r} is not DISK:[VOLUME]/path")
+    return names.check_name(disk, "disk"), volume, path.encode(errors="surrogateescape").strip(b"/")
+
+
+def parse_path(repository: Repository, text: str) -> GuestPath:
+    """Return what `VM/POINT/DISK:[VOLUME]/path` stands for; the path may be left out.
+
+    Raises:
+        UsageError, NotFound: as points.parse_disk.
+    """
+    parts = text.split("/", 2)
+    if len(parts) != 3:
+        raise UsageError(f"{text!r} is not VM/POINT/DISK:[VOLUME]/path")
+    disk, volume, path = parse_inside(parts[2] if ":" in parts[2] else f"{parts[2]}:")
+    vm, point = points.parse_point(repository, "/".join(parts[:2]))
+    return GuestPath(vm, point, disk, volume, path)
+
+
+def choose(files: GuestFiles, where: str, volume: str) -> GuestVolume:
+    """Return the volume of this name, or the only readable one if there is no name.
+
+    Raises:
+        UsageError: there are several.
+        NotFound: there is none of this name.
+        GuestError: nothing on the disk can be read.
+    """
+    listed = ", ".join(f"{v.name} ({v.kind or 'unknown'})" for v in files.volumes.values()) or "none"
+    if volume:
+        if volume not in files.volumes:
+            raise NotFound(f"{where} has no volume {volume!r}; there are: {listed}")
+        return files.volumes[volume]
+    readable = [v for v in files.volumes.values() if v.problem is None]
+    if len(readable) > 1:
+        raise UsageError(f"{where} has several volumes; name one, as in DISK:VOLUME/path: {listed}")
+    if not readable:
+        problems = [f"{v.name}: {v.problem}" for v in files.volumes.values()] + list(files.problems)
+        raise GuestError(f"{where}: nothing on it can be read: {'; '.join(problems) or 'there is no volume'}")
+    return readable[0]
+
+
+@contextmanager
+def open_volume(repository: Repository, path: GuestPath) -> Iterator[FileSystem]:
+    """Give the file system that a path is in. Raises as `open_point` and `choose`."""
+    where = f"{path.vm}/{path.point}/{path.disk}"
+    with (
+        open_point(repository, path.vm, path.point, path.disk) as files,
+        closing(choose(files, where, path.volume).open()) as system,
+    ):
+        yield system
+
+
+def look_up(system: FileSystem, path: bytes) -> Stat:
+    """Return what a path stands for, from the root on. Links on the way are followed inside; the last one is not.
+
+    Raises:
+        NotFound: there is no such path.
+        GuestError: it can't be read, or goes in circles.
+    """
+    trail = [system.stat(system.root)]
+    left = [part for part in reversed(path.split(b"/")) if part]
+    links = 0
+    while left:
+        name = left.pop()
+        if name == b".":
+            continue
+        if name == b"..":
+            trail = trail[:-1] or trail
+            continue
+        if not stat.S_ISDIR(trail[-1].mode):
+            raise NotFound(f"{printable(path)}: what comes before {printable(name)} is no folder")
+        found = next((entry.stat for entry in system.list(trail[-1].inode) if entry.name == name), None)
+        if found is None:
+            raise NotFound(f"there is no {printable(path)}: {printable(name)} is not there")
+        if left and stat.S_ISLNK(found.mode):
+            links += 1
+            if links > MOST_LINKS or len(left) > 10_000:
+                raise GuestError(f"{printable(path)}: too many symbolic links")
+            target = system.readlink(found.inode)
+            if target.startswith(b"/"):
+                trail = trail[:1]
+            left += [part for part in reversed(target.split(b"/")) if part]
+            continue
+        trail.append(found)
+    return trail[-1]
+
+
+def walk(system: FileSystem, root: Stat) -> Iterator[tuple[bytes, Stat]]:
+    """Yield (path, what it is) of everything below a folder, folders before what is in them.
+
+    A folder that is inside of itself is not walked into again. Raises GuestError where a folder can't be read.
+    """
+    waiting: list[tuple[bytes, Stat, tuple[int, ...]]] = [(b"", root, (root.inode,))]
+    while waiting:
+        path, folder, above = waiting.pop()
+        inner = []
+        for entry in system.list(folder.inode):
+            inside = path + b"/" + entry.name
+            yield inside, entry.stat
+            if stat.S_ISDIR(entry.stat.mode) and entry.stat.inode not in above and len(above) < DEEPEST:
+                inner.append((inside, entry.stat, (*above, entry.stat.inode)))
+        waiting += reversed(inner)
+
+
+def printable(name: bytes) -> str:
+    """Return a guest's name for a terminal: what is not printable is written as an escape."""
+    text = name.decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,192 @@
+"""ls, cp, find and history on disks that mkfs made, as a user runs them: without root and without a mount."""
+
+import base64
+import hashlib
+import json
+import os
+import stat
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+from commands import backupfs, backupfs_json
+from servers import run
+
+from backupfs.units import MiB
+
+SIZE = 16 * MiB
+BEFORE, BETWEEN, AFTER = "20260101T000000Z", "20260102T000000Z", "20260103T000000Z"
+ODD = b"odd\xff\x1b[2Jname"
+
+
+def ext4(path: Path, source: Path) -> bytes:
+    path.unlink(missing_ok=True)
+    with path.open("wb") as file:
+        file.truncate(SIZE)
+    run("mkfs.ext4", "-q", "-F", "-d", source, path)
+    return path.read_bytes()
+
+
+def back_up(repo: Path, point: str, disk: bytes) -> None:
+    path = repo.parent / "disk.raw"
+    path.write_bytes(disk)
+    backupfs(repo, "backup", "web01", f"vda={path}", "--time", point)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    source = tmp_path / "source"
+    (source / "etc/many").mkdir(parents=True)
+    for number in range(50):
+        (source / f"etc/many/{number}").write_text(f"{number}\n" * number)
+    (source / "etc/hosts").write_text("old\n")
+    (source / "etc/link").symlink_to("hosts")
+    Path(os.fsdecode(os.fsencode(source) + b"/etc/" + ODD)).write_text("odd")
+    with (source / "sparse").open("wb") as file:
+        file.truncate(4 * MiB)
+        file.seek(2 * MiB)
+        file.write(b"middle")
+    return source
+
+
+@pytest.fixture
+def repo(tmp_path: Path, source: Path) -> Path:
+    """Three points; a file changes and another one goes between the second and the third."""
+    repo = tmp_path / "repo"
+    backupfs(repo, "init")
+    disk = ext4(tmp_path / "fs", source)
+    back_up(repo, BEFORE, disk)
+    back_up(repo, BETWEEN, disk)
+    (source / "etc/hosts").write_text("new one\n")
+    (source / "etc/many/7").unlink()
+    (source / "etc/later").write_text("later")
+    back_up(repo, AFTER, ext4(tmp_path / "fs", source))
+    return repo
+
+
+def test_a_file_that_was_deleted_comes_back(repo: Path, tmp_path: Path) -> None:
+    """The README's minute: which volumes, what is there, where is it, and back."""
+    assert backupfs_json(repo, "ls", "web01/latest/vda") == [
+        {"volume": "0", "size": SIZE, "kind": "ext4", "problem": None}
+    ]
+    (found,) = backupfs_json(repo, "find", "web01", "7")
+    assert (found["disk"], found["volume"], found["path"]) == ("vda", "0", "/etc/many/7")
+    assert [(p["point"], p["change"], p.get("last")) for p in found["points"]] == [
+        (BEFORE, "new", BETWEEN),
+        (AFTER, "gone", None),
+    ]
+    said = backupfs(repo, "cp", f"web01/{BETWEEN}/vda:/etc/many/7", tmp_path / "seven")
+    assert said.startswith("1 files copied")
+    assert (tmp_path / "seven").read_text() == "7\n" * 7
+    assert backupfs(repo, "cp", f"web01/{BETWEEN}/vda:0/etc/many/7", "-") == "7\n" * 7
+
+
+def test_ls(repo: Path) -> None:
+    listed = backupfs_json(repo, "ls", "web01/latest/vda:/etc")
+    names = {entry["name"]: entry for entry in listed}
+    assert set(names) == {"hosts", "link", "later", "many", "odd\\xff\x1b[2Jname"}
+    assert names["hosts"]["size"] == 8
+    assert (names["link"]["type"], names["link"]["target"]) == ("link", "hosts")
+    odd = names["odd\\xff\x1b[2Jname"]
+    assert base64.b64decode(odd["name_base64"]) == ODD
+    shown = backupfs(repo, "ls", "web01/latest/vda:/etc")
+    assert "\x1b" not in shown
+    assert "odd\\xff\\x1b[2Jname" in shown
+    assert "link -> hosts" in shown
+    assert backupfs(repo, "ls", "web01/latest/vda:0/etc/hosts").startswith("-rw-r--r--")
+
+
+def test_a_folder_is_copied_with_all_it_has(repo: Path, source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    report = backupfs_json(repo, "cp", "web01/latest/vda:/etc", "web01/latest/vda:/sparse", target)
+    assert report["failed"] == []
+    compared = subprocess.run(
+        ["rsync", "-aHAXcni", "--delete", f"{source}/etc", f"{source}/sparse", target],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (compared.returncode, compared.stdout) == (0, "")
+    assert (target / "sparse").stat().st_blocks * 512 < MiB
+    again = backupfs_json(repo, "cp", "web01/latest/vda:/etc", "web01/latest/vda:/sparse", target)
+    assert (again["files"], again["there"]) == (0, report["files"])
+    (target / "etc/hosts").write_text("mine")
+    said = backupfs(repo, "cp", "web01/latest/vda:/etc", target, code=50)
+    assert "etc/hosts: is there already, and differs; --force replaces it" in said
+    assert (target / "etc/hosts").read_text() == "mine"
+    backupfs(repo, "cp", "--force", "web01/latest/vda:/etc", target)
+    assert (target / "etc/hosts").read_text() == "new one\n"
+
+
+def test_all_of_a_volume(repo: Path, source: Path, tmp_path: Path) -> None:
+    backupfs(repo, "cp", "web01/latest/vda:/", tmp_path / "all")
+    names = {p.name for p in (tmp_path / "all").iterdir()}
+    assert names == {"etc", "sparse", "lost+found"}
+    assert stat.S_IMODE((tmp_path / "all/lost+found").stat().st_mode) == 0o700
+
+
+def test_history(repo: Path) -> None:
+    versions = backupfs_json(repo, "history", "web01", "vda:/etc/hosts")
+    assert [(v["first"], v["last"], v["size"], v["sha256"]) for v in versions] == [
+        (BEFORE, BETWEEN, 4, hashlib.sha256(b"old\n").hexdigest()),
+        (AFTER, AFTER, 8, hashlib.sha256(b"new one\n").hexdigest()),
+    ]
+    assert [v["sha256"] for v in backupfs_json(repo, "history", "web01", "vda:/etc/many/7")][1] is None
+    assert "not there" in backupfs(repo, "history", "web01", "vda:/etc/many/7")
+    assert [v["first"] for v in backupfs_json(repo, "history", "web01", "vda:0/etc/later")] == [AFTER]
+
+
+def test_globs(repo: Path) -> None:
+    def paths(pattern: str) -> list[str]:
+        return [found["path"] for found in backupfs_json(repo, "find", "web01", pattern)]
+
+    assert paths("host*") == ["/etc/hosts"]
+    assert sorted(paths("many/4?")) == [f"/etc/many/{n}" for n in range(40, 50)]
+    assert paths("/etc/many/[12]") == ["/etc/many/1", "/etc/many/2"]
+    assert paths("nothing") == []
+    assert paths("odd*") == ["/etc/odd\\xff\x1b[2Jname"]
+    assert "\x1b" not in backupfs(repo, "find", "web01", "odd*")
+
+
+def test_what_can_not_be(repo: Path, tmp_path: Path) -> None:
+    for words, code, said in (
+        (("ls", "web01/latest/vda:/nothing"), 10, "there is no nothing"),
+        (("ls", "web01/latest/vda:9/etc"), 10, "no volume '9'; there are: 0 (ext4)"),
+        (("ls", "web01/latest/vdz:/etc"), 10, "vdz"),
+        (("ls", "web01/latest"), 2, "VM/POINT/DISK"),
+        (("cp", "web01/latest/vda:/etc", "web01/latest/vda:/sparse", str(tmp_path / "nothing")), 2, "no such folder"),
+        (("cp", "web01/latest/vda:/etc", "-"), 50, "only a file"),
+        (("find", "web02", "x"), 10, "web02"),
+        (("history", "web01", "vda:/nothing"), 10, "no point of web01 has it"),
+        (("history", "web01", "/etc/hosts"), 2, "DISK:[VOLUME]/path"),
+    ):
+        assert said in backupfs(repo, *words, code=code), words
+
+
+def test_several_volumes(tmp_path: Path, source: Path) -> None:
+    """A partition that can be read, one that can't, and two that could be meant."""
+    repo, inner = tmp_path / "repo", ext4(tmp_path / "fs", source)
+    backupfs(repo, "init")
+
+    def disk(second: bytes) -> bytes:
+        table = bytearray(MiB)
+        for number, kind in enumerate((0x83, 0x83)):
+            first = 2048 + number * SIZE // 512
+            struct.pack_into("<B3xB3xII", table, 446 + 16 * number, 0, kind, first, SIZE // 512)
+        table[510:512] = b"\x55\xaa"
+        return bytes(table) + inner + second
+
+    swap = tmp_path / "swap"
+    swap.write_bytes(bytes(SIZE))
+    subprocess.run(["mkswap", swap], check=True, capture_output=True)
+    back_up(repo, BEFORE, disk(swap.read_bytes()))
+    volumes = backupfs_json(repo, "ls", "web01/latest/vda")
+    assert [(v["volume"], v["kind"]) for v in volumes] == [("1", "ext4"), ("2", "swap space")]
+    assert "swap space" in backupfs(repo, "ls", "web01/latest/vda:2/", code=50)
+    assert backupfs(repo, "cp", "web01/latest/vda:/etc/hosts", "-") == "old\n"
+    back_up(repo, AFTER, disk(inner))
+    assert "several volumes" in backupfs(repo, "ls", "web01/latest/vda:/etc", code=2)
+    assert backupfs(repo, "cp", "web01/latest/vda:2/etc/hosts", "-") == "old\n"
+    assert json.loads(backupfs(repo, "find", "web01", "hosts", "--json"))[1]["volume"] == "2"

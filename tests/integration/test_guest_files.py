@@ -1,0 +1,397 @@
+"""Guests' files as backupfs reads them, and as the kernel (for NTFS ntfs-3g, for FAT mtools) does: the same."""
+
+import os
+import random
+import signal
+import stat
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from images import FileImage
+from servers import need, run
+
+from backupfs.errors import BackupfsError, GuestError, NotFound
+from backupfs.filesystem import FileSystem
+from backupfs.guest.detect import detect
+from backupfs.services import guest_process
+from backupfs.services.guest_process import Crew, GuestFileSystem
+from backupfs.units import KiB, MiB
+
+LONG = bool(os.environ.get("BACKUPFS_LONG"))
+SIZE = 64 * MiB
+ACL = struct.pack("<I", 2) + b"".join(
+    struct.pack("<HHI", *entry)
+    for entry in ((1, 6, 2**32 - 1), (2, 6, 1000), (4, 4, 2**32 - 1), (16, 6, 2**32 - 1), (32, 4, 2**32 - 1))
+)
+
+
+@contextmanager
+def mounted(image: Path, folder: Path, *, read_only: bool = False, ntfs: bool = False) -> Iterator[Path]:
+    """Mount an image file by the kernel, or by ntfs-3g."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    folder.mkdir(exist_ok=True)
+    options = "ro" if read_only else "rw"
+    if ntfs:
+        run("ntfs-3g", "-o", f"{options},streams_interface=xattr", image, folder)
+    else:
+        run("mount", "-o", f"loop,{options}", image, folder)
+    try:
+        yield folder
+    finally:
+        run("umount", folder)
+
+
+def fill(root: Path, *, posix: bool) -> None:
+    """Make files of many kinds; `posix`: also what NTFS and FAT don't have."""
+    chance = random.Random(1)
+    (root / "a/b/c").mkdir(parents=True)
+    (root / "many").mkdir()
+    for number in range(300):
+        (root / f"many/file number {number}").write_text(f"file {number}\n" * number)
+    (root / "a/big").write_bytes(chance.randbytes(3_000_001))
+    (root / "a/tiny").write_bytes(b"x")
+    (root / "a/empty").touch()
+    (root / "a/ä ö ü").write_text("odd")
+    with (root / "a/sparse").open("wb") as file:
+        file.truncate(9 * MiB)
+        file.seek(5 * MiB + 4096)
+        file.write(chance.randbytes(8192))
+    if not posix:
+        return
+    with (root / "a/unwritten").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, MiB)
+        file.write(b"only this")
+    (root / "a/link").symlink_to("tiny")
+    (root / "a/long link").symlink_to("x" * 200)
+    (root / "a/hard").hardlink_to(root / "a/tiny")
+    os.mkfifo(root / "a/fifo")
+    os.mknod(root / "a/null", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    os.mknod(root / "a/large", stat.S_IFBLK | 0o600, os.makedev(260, 70000))
+    os.chown(root / "a/tiny", 70_000, 80_000)
+    (root / "a/big").chmod(0o4755)
+    Path(os.fsdecode(os.fsencode(root) + b"/a/odd\xff\x01\nname")).write_bytes(b"odd")
+    os.setxattr(root / "a/tiny", "user.one", b"1")
+    os.setxattr(root / "a/tiny", "user.big", b"y" * 700)
+    os.setxattr(root / "a/b", "trusted.two", b"\0\xff")
+    os.setxattr(root / "a/tiny", "system.posix_acl_access", ACL)
+    os.setxattr(root / "a/b", "system.posix_acl_default", ACL)
+    os.utime(root / "a/empty", ns=(-473_000_000_123_456_789, -473_000_000_987_654_321))
+    os.utime(root / "a/big", ns=(4_102_444_800_000_000_001, 4_102_444_800_500_000_000))
+
+
+def differences(system: FileSystem, root: Path, *ignored: str) -> list[str]:
+    """Return in what a file system differs from its mount; `ignored`: what stat says."""
+    found: list[str] = []
+
+    def compare(path: bytes, inode: int) -> None:
+        entries = {entry.name: entry.stat for entry in system.list(inode)}
+        names = set(os.listdir(path))
+        if names != set(entries):
+            found.append(f"{path!r}: {names ^ set(entries)}")
+        for name in sorted(names & set(entries)):
+            ours, inside = entries[name], os.path.join(path, name)
+            found.extend(f"{inside!r}: {words}" for words in differs(inside, ours))
+            if stat.S_ISDIR(ours.mode):
+                compare(inside, ours.inode)
+
+    def differs(path: bytes, ours: Any) -> Iterator[str]:
+        theirs = os.lstat(path)
+        if system.stat(ours.inode) != ours:
+            yield "stat and list differ"
+        for field in ("mode", "nlink", "uid", "gid", "size", "atime_ns", "mtime_ns", "ctime_ns"):
+            expected = getattr(theirs, f"st_{field}")
+            if field not in ignored and getattr(ours, field) != expected:
+                yield f"{field} {getattr(ours, field)}, not {expected}"
+        if "allocated" not in ignored and ours.allocated != theirs.st_blocks * 512:
+            yield f"allocated {ours.allocated}, not {theirs.st_blocks * 512}"
+        if stat.S_ISLNK(theirs.st_mode):
+            if system.readlink(ours.inode) != os.readlink(path):
+                yield "another target"
+            return
+        names = os.listxattr(path, follow_symlinks=False)
+        expected = {name.encode(): os.getxattr(path, name, follow_symlinks=False) for name in names}
+        if expected and not ours.has_xattrs:
+            yield "no xattrs"
+        if system.xattrs(ours.inode) != expected:
+            yield f"xattrs {system.xattrs(ours.inode)}, not {expected}"
+        if stat.S_ISCHR(theirs.st_mode) or stat.S_ISBLK(theirs.st_mode):
+            if ours.rdev != theirs.st_rdev:
+                yield "another device"
+        elif stat.S_ISREG(theirs.st_mode):
+            yield from content(path, ours)
+
+    def content(path: bytes, ours: Any) -> Iterator[str]:
+        expected = Path(os.fsdecode(path)).read_bytes()
+        if system.read(ours.inode, 0, ours.size + 10) != expected:
+            yield "another content"
+        middle = ours.size // 3
+        if system.read(ours.inode, middle, 5000) != expected[middle : middle + 5000]:
+            yield "another content in the middle"
+        if any(e.flag and any(expected[e.offset : e.end]) for e in system.extents(ours.inode, 0, ours.size)):
+            yield "a hole where there is data"
+
+    compare(os.fsencode(root), system.root)
+    return found
+
+
+def open_image(path: Path) -> GuestFileSystem:
+    image = FileImage(path)
+    found = detect(image)
+    assert found.family is not None, found
+    return GuestFileSystem("1", image, found.family, found.kind, Crew())
+
+
+def look(system: FileSystem, path: str) -> int:
+    """Return the inode of a path."""
+    inode = system.root
+    for name in path.encode().split(b"/"):
+        inode = next(entry.stat.inode for entry in system.list(inode) if entry.name == name)
+    return inode
+
+
+def make_ext4(path: Path, *options: str) -> Path:
+    with path.open("wb") as file:
+        file.truncate(SIZE)
+    run("mkfs.ext4", "-q", "-F", *options, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("-O", "inline_data"),
+        ("-I", "128"),
+        ("-b", "4096", "-O", "^64bit,^metadata_csum"),
+        ("-t", "ext2"),
+    ],
+    ids=lambda options: " ".join(options) or "default",
+)
+def test_ext(tmp_path: Path, options: tuple[str, ...]) -> None:
+    path = make_ext4(tmp_path / "disk", *options)
+    small = options == ("-I", "128")  # such inodes have no room for more than seconds until 2038
+    with mounted(path, tmp_path / "mnt") as root:
+        fill(root, posix=True)
+    with (
+        mounted(path, tmp_path / "mnt", read_only=True) as root,
+        closing(open_image(path)) as system,
+    ):
+        assert system.kind == ("ext2" if "ext2" in options else "ext4")
+        assert system.notes == ()
+        assert differences(system, root) == []
+        holes = [e for e in system.extents(look(system, "a/sparse"), 0, 9 * MiB) if e.flag]
+        assert sum(e.length for e in holes) >= 9 * MiB - 128 * KiB
+        assert not small or system.stat(look(system, "a/big")).mtime_ns % 10**9 == 0
+
+
+def test_ntfs(tmp_path: Path) -> None:
+    need("mkfs.ntfs", "ntfs-3g")
+    path = tmp_path / "disk"
+    with path.open("wb") as file:
+        file.truncate(SIZE)
+    run("mkfs.ntfs", "-q", "-F", "-f", path)
+    with mounted(path, tmp_path / "mnt", ntfs=True) as root:
+        fill(root, posix=False)
+        (root / "compressed").mkdir()
+        os.setxattr(root / "compressed", "system.ntfs_attrib_be", struct.pack(">I", 0x800))
+        text = b"some text again and again " * 40_000
+        (root / "compressed/file").write_bytes(text + random.Random(2).randbytes(100_000) + text)
+        os.setxattr(root / "a/tiny", "user.stream", b"alternate")
+        (root / "a/hard").hardlink_to(root / "a/tiny")
+    with (
+        mounted(path, tmp_path / "mnt", read_only=True, ntfs=True) as root,
+        closing(open_image(path)) as system,
+    ):
+        # Sizes of folders, and how much of a compressed or tiny file is stored, are told otherwise.
+        found = [line for line in differences(system, root, "allocated") if ": size " not in line]
+        assert found == []
+        assert system.xattrs(look(system, "a/tiny")) == {b"user.stream": b"alternate"}
+        holes = [e for e in system.extents(look(system, "a/sparse"), 0, 9 * MiB) if e.flag]
+        assert sum(e.length for e in holes) >= 8 * MiB
+
+
+@pytest.mark.parametrize("bits", ["12", "16", "32"])
+def test_fat(tmp_path: Path, bits: str) -> None:
+    need("mkfs.fat", "mcopy")
+    path, source = tmp_path / "disk", tmp_path / "source"
+    with path.open("wb") as file:
+        file.truncate(SIZE if bits != "12" else 15 * MiB)
+    run("mkfs.fat", "-F", bits, "-n", "LABEL", *(("-s", "1") if bits == "32" else ()), path)
+    source.mkdir()
+    fill(source, posix=False)
+    if bits == "12":
+        (source / "a/sparse").unlink()
+    for folder in ("a", "many"):
+        run("env", "TZ=UTC", "LC_ALL=C.UTF-8", "mcopy", "-i", path, "-s", "-m", source / folder, "::")
+    with closing(open_image(path)) as system:
+        inside = {entry.name for entry in system.list(system.root)}
+        assert inside == {b"a", b"many"}
+        times = ("mode", "nlink", "atime_ns", "mtime_ns", "ctime_ns", "allocated")
+        assert [line for line in differences(system, source, *times) if ": size " not in line] == []
+        written = (source / "a/big").stat().st_mtime
+        assert abs(system.stat(look(system, "a/big")).mtime_ns / 10**9 - written) <= 2, "FAT counts in pairs of seconds"
+
+
+@pytest.fixture
+def system(tmp_path: Path) -> Iterator[GuestFileSystem]:
+    path = make_ext4(tmp_path / "disk")
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "file").write_bytes(b"content" * 100_000)
+    run("mkfs.ext4", "-q", "-F", "-d", source, path)
+    with closing(open_image(path)) as system:
+        yield system
+
+
+def pid(system: GuestFileSystem) -> int:
+    assert system._child is not None
+    assert system._child._process is not None
+    return system._child._process.pid
+
+
+def test_the_process_may_do_next_to_nothing(system: GuestFileSystem) -> None:
+    look(system, "file")
+    status = Path(f"/proc/{pid(system)}/status").read_text()
+    limits = Path(f"/proc/{pid(system)}/limits").read_text()
+    assert "NoNewPrivs:\t1\n" in status
+    assert "Max open files            4  " in limits
+    assert "Max processes             0  " in limits
+    assert "Max file size             0  " in limits
+    if os.geteuid() == 0:
+        assert "Uid:\t65534\t65534\t65534\t65534\n" in status
+        assert "CapEff:\t0000000000000000\n" in status
+        assert os.readlink(f"/proc/{pid(system)}/ns/net") != os.readlink("/proc/self/ns/net")
+
+
+def test_a_process_that_dies_costs_one_call_at_most(system: GuestFileSystem) -> None:
+    inode = look(system, "file")
+    os.kill(pid(system), signal.SIGKILL)
+    with pytest.raises(GuestError, match="died"):
+        system.stat(inode)
+    assert system.read(inode, 0, 7) == b"content"
+
+
+def test_a_process_that_hangs_is_killed(system: GuestFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    inode, hanging = look(system, "file"), pid(system)
+    monkeypatch.setattr(guest_process, "_DEADLINE_S", 0.5)
+    os.kill(hanging, signal.SIGSTOP)
+    with pytest.raises(GuestError, match="took longer"):
+        system.stat(inode)
+    assert not Path(f"/proc/{hanging}").exists()
+    monkeypatch.undo()
+    assert system.read(inode, 0, 7) == b"content"
+
+
+def test_idle_processes_go_away(system: GuestFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest_process, "_MOST", 2)
+    others = [GuestFileSystem("1", FileImage(tmp_path / "disk"), "ext", "ext4", system._crew) for _ in range(2)]
+    assert [other._child is not None for other in (system, *others)] == [False, True, True]
+    assert look(system, "file")
+    assert sum(other._child is not None for other in (system, *others)) == 2
+    for other in others:
+        other.close()
+    monkeypatch.setattr(guest_process, "_IDLE_S", 0.2)
+    system.rest()
+    assert look(system, "file")
+    timer = system._timer
+    assert timer is not None
+    timer.join(10)
+    while system._child is not None:
+        assert system._timer is not None
+        system._timer.join(10)
+    assert look(system, "file")
+
+
+def test_what_is_not_there(system: GuestFileSystem) -> None:
+    for inode in (0, 10**9, 2**63):
+        with pytest.raises((NotFound, GuestError)):
+            system.stat(inode)
+    with pytest.raises(GuestError, match="no file"):
+        system.read(system.root, 0, 10)
+    assert system.read(look(system, "file"), 10**12, 10) == b""
+    with pytest.raises(GuestError):
+        system.readlink(look(system, "file"))
+
+
+def _damaged_images(path: Path, rounds: int, use: Callable[[FileSystem], None]) -> tuple[int, int]:
+    """Flip bytes, mostly where metadata is, and read all. Returns how many could not be opened, and what failed."""
+    chance, original = random.Random(3), path.read_bytes()
+    interesting = [block for block in range(0, len(original), 1024) if any(original[block : block + 1024])]
+    closed = failed = 0
+    for _ in range(rounds):
+        damaged = bytearray(original)
+        for _ in range(chance.choice([1, 3, 20, 200])):
+            at = chance.choice(interesting) + chance.randrange(1024)
+            damaged[at] = chance.choice([0, 255, damaged[at] ^ 1 << chance.randrange(8), chance.randrange(256)])
+        path.write_bytes(damaged)
+        try:
+            with closing(open_image(path)) as system:
+                try:
+                    use(system)
+                except BackupfsError:
+                    failed += 1
+        except (GuestError, AssertionError):
+            closed += 1
+    return closed, failed
+
+
+def _read_all(system: FileSystem) -> None:
+    seen, left = set[int](), [system.root]
+    while left and len(seen) < 2000:
+        inode = left.pop()
+        if inode in seen:
+            continue
+        seen.add(inode)
+        for entry in system.list(inode):
+            if stat.S_ISDIR(entry.stat.mode):
+                left.append(entry.stat.inode)
+            elif stat.S_ISREG(entry.stat.mode):
+                assert len(system.read(entry.stat.inode, 0, 100_000)) <= 100_000
+                list(system.extents(entry.stat.inode, 0, min(entry.stat.size, MiB)))
+            system.xattrs(entry.stat.inode)
+
+
+@pytest.mark.parametrize("kind", ["ext4", "ntfs", "vfat"])
+def test_damaged_file_systems(tmp_path: Path, kind: str) -> None:
+    """Nothing hangs, and nothing but GuestError comes out."""
+    path, source = tmp_path / "disk", tmp_path / "source"
+    with path.open("wb") as file:
+        file.truncate(8 * MiB)
+    source.mkdir()
+    for number in range(20):
+        (source / f"file {number}").write_bytes(b"content" * 100 * number)
+    if kind == "ext4":
+        run("mkfs.ext4", "-q", "-F", "-d", source, path)
+    elif kind == "vfat":
+        run("mkfs.fat", path)
+        run("mcopy", "-i", path, "-s", source, "::")
+    else:
+        run("mkfs.ntfs", "-q", "-F", "-f", path)
+        with mounted(path, tmp_path / "mnt", ntfs=True) as root:
+            for file_ in source.iterdir():
+                (root / file_.name).write_bytes(file_.read_bytes())
+    rounds = 400 if LONG else 12
+    closed, failed = _damaged_images(path, rounds, _read_all)
+    print(f"{rounds} damaged images: {closed} can't be opened, in {failed} something can't be read")
+    assert closed + failed <= rounds
+
+
+def test_what_is_not_read_is_named(tmp_path: Path) -> None:
+    path = make_ext4(tmp_path / "disk", "-O", "bigalloc")
+    with closing(FileImage(path)) as image:
+        assert "bigalloc" in str(detect(image).problem)
+    make_ext4(path, "-O", "meta_bg,^resize_inode")
+    with closing(FileImage(path)) as image:
+        assert "meta_bg" in str(detect(image).problem)
+    subprocess.run(["mkswap", "-q", path], check=True, capture_output=True)
+    with closing(FileImage(path)) as image:
+        assert "swap" in str(detect(image).problem)
+    path.write_bytes(bytes(MiB))
+    with closing(FileImage(path)) as image:
+        assert detect(image).problem == "nothing is on it, or nothing that is known"

@@ -1,0 +1,223 @@
+"""Copying files that a guest made, into a folder of the host: whatever it made of them."""
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from backupfs.errors import GuestError, NotFound
+from backupfs.extents import Extent
+from backupfs.filesystem import Entry, Stat
+from backupfs.services import guest_path
+from backupfs.services.guest_copy import Report, copy
+from backupfs.services.guest_path import look_up, printable, walk
+from backupfs.units import MiB
+
+TIME = 1_700_000_000_123_456_789
+
+
+@dataclass
+class FakeFiles:
+    """A FileSystem of what is put into it; 1 is its root."""
+
+    kind: str = "fake"
+    root: int = 1
+    notes: tuple[str, ...] = ()
+    stats: dict[int, Stat] = field(default_factory=dict)
+    inside: dict[int, list[tuple[bytes, int]]] = field(default_factory=dict)
+    content: dict[int, bytes] = field(default_factory=dict)
+    bad: set[int] = field(default_factory=set)
+    reads: int = 0
+
+    def __post_init__(self) -> None:
+        self.put(1, stat.S_IFDIR | 0o755)
+
+    def put(self, inode: int, mode: int, content: bytes = b"", *, nlink: int = 1, uid: int = 0) -> int:
+        self.stats[inode] = Stat(inode, mode, nlink, uid, 0, len(content), len(content), TIME, TIME, TIME)
+        self.content[inode] = content
+        if stat.S_ISDIR(mode):
+            self.inside.setdefault(inode, [])
+        return inode
+
+    def add(self, folder: int, name: bytes, inode: int, mode: int = stat.S_IFREG | 0o644, content: bytes = b"") -> int:
+        self.inside[folder].append((name, inode if inode in self.stats else self.put(inode, mode, content)))
+        return inode
+
+    def stat(self, inode: int) -> Stat:
+        if inode not in self.stats:
+            raise NotFound(f"there is no inode {inode}")
+        return self.stats[inode]
+
+    def list(self, inode: int) -> list[Entry]:
+        if inode in self.bad:
+            raise GuestError("damaged")
+        return [Entry(name, self.stats[number]) for name, number in self.inside[inode]]
+
+    def read(self, inode: int, offset: int, length: int) -> bytes:
+        self.reads += 1
+        if inode in self.bad:
+            raise GuestError("damaged")
+        return self.content[inode][offset : offset + length]
+
+    def extents(self, inode: int, offset: int, length: int) -> Iterator[Extent]:
+        yield Extent(offset, length, False)
+
+    def readlink(self, inode: int) -> bytes:
+        return self.content[inode]
+
+    def xattrs(self, inode: int) -> dict[bytes, bytes]:
+        return {b"security.capability": b"\1\0\0\2" + bytes(16)} if self.stats[inode].uid == 4 else {}
+
+    def close(self) -> None:
+        pass
+
+
+def copied(system: FakeFiles, target: Path, *, force: bool = False) -> Report:
+    report = Report()
+    copy(system, system.stat(system.root), str(target), "", force, report, lambda _: None)
+    return report
+
+
+LINK, FOLDER = stat.S_IFLNK | 0o777, stat.S_IFDIR | 0o755
+
+
+def test_a_link_is_never_written_through(tmp_path: Path) -> None:
+    """A guest has a link, and then a folder or file under the same name, or below it."""
+    outside, target = tmp_path / "outside", tmp_path / "target"
+    outside.mkdir()
+    target.mkdir()
+    (outside / "precious").write_text("precious")
+    for name, inode in ((b"way", 10), (b"file", 11)):
+        there = outside if name == b"way" else outside / "precious"
+        first = FakeFiles()
+        first.add(1, name, inode, LINK, os.fsencode(there))
+        assert copied(first, target).failed == []
+    second = FakeFiles()
+    second.add(1, b"way", 20, FOLDER)
+    second.add(20, b"precious", 21, content=b"evil")
+    second.add(1, b"file", 22, content=b"evil")
+    report = copied(second, target)
+    assert [path for path, _ in report.failed] == ["way", "file"]
+    report = copied(second, target, force=True)
+    assert [path for path, _ in report.failed] == ["way"], "a link is replaced by a file, not by a folder"
+    assert (target / "file").read_bytes() == b"evil"
+    assert not (target / "file").is_symlink()
+    assert [(p.name, p.read_text()) for p in outside.iterdir()] == [("precious", "precious")]
+
+
+def test_folders_inside_of_themselves_end(tmp_path: Path) -> None:
+    system = FakeFiles()
+    system.add(1, b"a", 2, FOLDER)
+    system.add(2, b"b", 3, FOLDER)
+    system.add(3, b"up", 2)
+    system.add(3, b"root", 1)
+    report = copied(system, tmp_path)
+    assert sorted(path for path, _ in report.failed) == ["a/b/root", "a/b/up"]
+    assert [path for path, _ in walk(system, system.stat(1))] == [b"/a", b"/a/b", b"/a/b/up", b"/a/b/root"]
+
+
+def test_too_deep_folders_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backupfs.services.guest_copy.DEEPEST", 5)
+    monkeypatch.setattr(guest_path, "DEEPEST", 5)
+    system = FakeFiles()
+    for inode in range(1, 20):
+        system.add(inode, b"d", inode + 1, FOLDER)
+    assert len(copied(system, tmp_path).failed) == 1
+    assert len(list(walk(system, system.stat(1)))) == 5
+
+
+def test_what_is_not_taken_over(tmp_path: Path) -> None:
+    system = FakeFiles()
+    system.add(1, b"setuid", 2, stat.S_IFREG | 0o6755, b"x")
+    system.add(1, b"device", 3, stat.S_IFBLK | 0o666)
+    system.add(1, b"socket", 4, stat.S_IFSOCK | 0o666)
+    system.add(1, b"capable", 5, content=b"y")
+    system.stats[5] = replace(system.stats[5], uid=4)
+    report = copied(system, tmp_path)
+    assert (report.files, report.left_out, report.harmless, report.failed) == (2, 2, 2, [])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["capable", "setuid"]
+    assert stat.S_IMODE((tmp_path / "setuid").stat().st_mode) == 0o755
+    assert "security.capability" not in os.listxattr(tmp_path / "capable")
+
+
+def test_damage_costs_what_is_damaged(tmp_path: Path) -> None:
+    system = FakeFiles()
+    system.add(1, b"bad", 2, content=b"bad" * 1000)
+    system.add(1, b"bad folder", 3, FOLDER)
+    system.add(1, b"good", 4, content=b"good")
+    system.bad = {2, 3}
+    report = copied(system, tmp_path)
+    assert [path for path, _ in report.failed] == ["bad", "bad folder"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad folder", "good"], "no part of a file is left"
+
+
+def test_a_file_that_ends_early_is_not_taken_for_whole(tmp_path: Path) -> None:
+    system = FakeFiles()
+    system.add(1, b"short", 2, content=b"x" * 100)
+    system.stats[2] = replace(system.stats[2], size=200)
+    assert "ends at 100" in copied(system, tmp_path).failed[0][1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_going_on(tmp_path: Path) -> None:
+    system = FakeFiles()
+    system.add(1, b"first", 2, content=b"1" * 10)
+    system.add(1, b"second", 3, content=b"2" * (3 * MiB))
+    system.add(1, b"another name", 3)
+    system.stats[3] = replace(system.stats[3], nlink=2)
+    system.bad = {3}
+    assert len(copied(system, tmp_path).failed) == 2
+    system.bad.clear()
+    reads = system.reads
+    report = copied(system, tmp_path)
+    assert (report.files, report.there, report.failed) == (2, 1, [])
+    assert system.reads == reads + 3, "three pieces of the second one, nothing of the first"
+    assert (tmp_path / "second").samefile(tmp_path / "another name")
+    assert (tmp_path / "second").stat().st_mtime_ns == TIME
+    (tmp_path / "first").write_bytes(b"changed by somebody")
+    report = copied(system, tmp_path)
+    assert [path for path, _ in report.failed] == ["first"]
+    assert (tmp_path / "first").read_bytes() == b"changed by somebody"
+    assert copied(system, tmp_path, force=True).failed == []
+    assert (tmp_path / "first").read_bytes() == b"1" * 10
+
+
+def test_an_interruption_leaves_no_part(tmp_path: Path) -> None:
+    system = FakeFiles()
+    system.add(1, b"file", 2, content=b"2" * (3 * MiB))
+
+    def interrupt(report: Report) -> None:
+        if report.bytes > MiB:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        copy(system, system.stat(1), str(tmp_path), "", False, Report(), interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_paths_and_links_on_the_way() -> None:
+    system = FakeFiles()
+    system.add(1, b"usr", 2, FOLDER)
+    system.add(2, b"lib", 3, FOLDER)
+    system.add(3, b"file", 4, content=b"x")
+    system.add(1, b"lib", 5, LINK, b"usr/lib")
+    system.add(3, b"up", 6, LINK, b"../../../../lib")
+    system.add(1, b"absolute", 7, LINK, b"/usr")
+    system.add(1, b"circle", 8, LINK, b"circle/x")
+    for path in (b"usr/lib/file", b"lib/file", b"/lib/up/file", b"absolute/lib/./file", b"usr/../lib/../lib/file"):
+        assert look_up(system, path).inode == 4, path
+    assert look_up(system, b"lib").inode == 5, "the last one is not followed"
+    assert look_up(system, b"").inode == 1
+    with pytest.raises(GuestError, match="too many"):
+        look_up(system, b"circle/y")
+    for path in (b"nothing", b"usr/lib/file/below", b"lib/nothing"):
+        with pytest.raises(NotFound):
+            look_up(system, path)
+
+
+def test_names_do_nothing_to_a_terminal() -> None:
+    assert printable(b"plain \xc3\xa4") == "plain ä"
+    assert printable(b"\x1b[2J\n\xff\xe2\x80\xae") == "\\x1b[2J\\n\\xff\\u202e"
