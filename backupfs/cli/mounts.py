@@ -17,6 +17,13 @@ from backupfs.errors import UsageError
 )
 @click.option("--allow-other", is_flag=True, help="Let other users read it too.")
 @click.option("--no-passthrough", is_flag=True, help="Check the bytes of hydrated disks too, at the speed of others.")
+@click.option(
+    "--scratch",
+    metavar="FOLDER",
+    help="Show each disk as DISK.rw too, which can be written to; what is written goes to FOLDER, a private one "
+    "(not what --scratch of backup and live is for).",
+)
+@click.option("--keep-scratch", is_flag=True, help="Keep it when the mount ends, and go on with what was kept there.")
 @click.option("-o", "options", multiple=True, metavar="OPTIONS", help="Mount options, as mount(8) gives them.")
 def mount(
     mountpoint: str,
@@ -24,6 +31,8 @@ def mount(
     live: tuple[str, ...],
     allow_other: bool,
     no_passthrough: bool,
+    scratch: str | None,
+    keep_scratch: bool,
     options: tuple[str, ...],
 ) -> None:
     """Show the repository as files at MOUNTPOINT; returns when it is mounted.
@@ -32,6 +41,10 @@ def mount(
     DISK.parts beside it has its partitions and logical volumes (LVM2) as raw files; ERROR.txt in it says what is not.
     A live export is EIO while it is away, and comes back when it does. What `backupfs hydrate` made ready is read by
     the kernel itself, without a look at hashes (root, Linux 6.9 or later).
+
+    With --scratch there is a DISK.rw beside each DISK.raw: the same disk, but it can be written to, to boot the VM from
+    it, replay a journal, or activate its LVM. The repository is never written to. Without --keep-scratch what was
+    written is gone when the mount is.
     """
     from backupfs.services import mount as service  # noqa: PLC0415, pyfuse3 is not needed for the other commands
 
@@ -43,6 +56,8 @@ def mount(
         options=options,
         live=dict(_export(text) for text in live),
         passthrough=not no_passthrough,
+        scratch=scratch,
+        keep_scratch=keep_scratch,
     )
 
 

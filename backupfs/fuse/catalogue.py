@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from backupfs.image import Image
+from backupfs.image import Buffer, Image
 
 LIVE = "live"
 """Stands beside a VM's points for its disks as they are at this moment. No point's id."""
@@ -24,6 +24,28 @@ class Lender(Image, Protocol):
 
     def lend_at_once(self, offset: int, length: int) -> memoryview | None:
         """Return the bytes of a range if they are at hand. Never waits, never raises BackupfsError."""
+
+
+@runtime_checkable
+class Writable(Image, Protocol):
+    """An image that can be written to. A range given here lies inside of the image.
+
+    What fails leaves each block of 4 KiB with its old bytes, or the new ones. Who began to read after a call returned
+    gets what it wrote.
+
+    Raises:
+        OSError: it can't be done; the errno is for who writes.
+        BackupfsError: the same; it is EIO.
+    """
+
+    def write(self, offset: int, data: Buffer | bytes) -> None:
+        """Write bytes."""
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make a range zeroes, and a hole if that can be."""
+
+    def flush(self) -> None:
+        """Put everything that was written where a crash does not reach it, as far as it is kept at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +66,8 @@ class DiskFile:
             The kernel may read the disk there from then on, until it is closed; the descriptor is closed by the caller.
         time_ns: when it was as it is; None: the point's time.
         live: it may go away or hang at any time, and come back as another version; `open` returns a Lender.
+        written: it can be written to, and `open` returns a Writable: returns how many bytes are allocated now, and when
+            it was last written to, in ns; None: never. Does not block for long.
     """
 
     name: str
@@ -56,6 +80,7 @@ class DiskFile:
     raw: Callable[[], int | None] | None = None
     time_ns: int | None = None
     live: bool = False
+    written: Callable[[], tuple[int, int | None]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

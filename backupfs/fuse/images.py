@@ -8,7 +8,9 @@ An image is closed when its last user has let it go; a check that still runs is 
 cancels a call. Its thread is then left to itself and `abandoned` set: the repository must not be closed under its feet.
 """
 
+import errno
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +19,7 @@ from typing import TypeVar
 import trio
 
 from backupfs.errors import BackupfsError
-from backupfs.fuse.catalogue import DiskFile, Lender
+from backupfs.fuse.catalogue import DiskFile, Lender, Writable
 from backupfs.fuse.passthrough import Passthrough
 from backupfs.image import Buffer, Image, seek
 
@@ -157,6 +159,21 @@ class OpenImages:
             content = await self._in_thread(read, self._reads)
         _refuse_condemned(shared)  # it may have been found out in the meantime
         return content
+
+    async def change(self, inode: int, call: Callable[[Writable], None]) -> None:
+        """Write to an image, or flush it.
+
+        Raises:
+            OSError: it can't be written to; the errno is for who writes.
+            Exception: whatever else the Image raises.
+        """
+        shared = self._shared[inode]
+        image = shared.image
+        if not isinstance(image, Writable):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        _refuse_condemned(shared)
+        async with shared.limiter:
+            await self._in_thread(partial(call, image), self._reads)
 
     async def _choose_way(self, file: DiskFile) -> int:
         """Find out who reads the image, for all handles until there is none any more: see passthrough.py."""

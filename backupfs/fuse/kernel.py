@@ -12,9 +12,12 @@ DEVICE = "/dev/fuse"
 FORGET: Final = 2
 OPEN: Final = 14
 READ: Final = 15
+WRITE: Final = 16
+GETXATTR: Final = 22
 INIT: Final = 26
 READDIR: Final = 28
 INTERRUPT: Final = 36
+FALLOCATE: Final = 43
 BATCH_FORGET: Final = 42
 READDIRPLUS: Final = 44
 LSEEK: Final = 46
@@ -24,18 +27,29 @@ UNANSWERED = frozenset((FORGET, BATCH_FORGET, INTERRUPT))
 lives, and INTERRUPT asks whether a request could be answered sooner."""
 
 # struct fuse_in_header: len, opcode, unique, nodeid, uid, gid, pid, total_extlen, padding; then the beginning that
-# struct fuse_read_in (of READ and READDIR) and struct fuse_lseek_in have in common: fh, offset, size or whence.
+# struct fuse_read_in (of READ and READDIR), fuse_write_in and fuse_lseek_in have in common: fh, offset, size or whence.
 REQUEST = struct.Struct("=4xIQ24xQQI")
 """opcode, unique, file handle, offset, size or whence; the last three only where the opcode has them."""
 SIZE_AT = 56
 """Where `size` stands in a READDIR."""
 SIZE = struct.Struct("=I")
+DATA_AT = 80
+"""Where the bytes of a WRITE begin."""
+FALLOCATE_REQUEST = struct.Struct("=56xQI")
+"""length, mode of a FALLOCATE, behind fh and offset."""
+# The modes that there are. Source: <linux/falloc.h>
+FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE = 1, 2, 16
+XATTR_AT = 48
+"""Where the name in a GETXATTR begins; a zero byte ends it."""
 
 # struct fuse_out_header: len, error (negative), unique.
 ANSWER = struct.Struct("=IiQ")
 ANSWER_SIZE = ANSWER.size
 # The same with struct fuse_lseek_out: offset.
 LSEEK_ANSWER = struct.Struct("=IiQQ")
+
+# The same with struct fuse_write_out: size, padding.
+WRITE_ANSWER = struct.Struct("=IiQI4x")
 
 # struct fuse_out_header with unique 0 and a positive code in `error`, then struct fuse_notify_inval_inode_out: inode,
 # offset, length; length 0: all of it.
@@ -71,4 +85,4 @@ BACKING_MAP = struct.Struct("=iIQ")
 MAX_READ = 1 << 20
 """The largest READ: FUSE_MAX_MAX_PAGES, 256, if nobody raised fs.fuse.max_pages_limit."""
 REQUEST_BUFFER = MAX_READ + 8192
-"""What the kernel wants offered for a request, as it may be a WRITE; one of ours is never written to."""
+"""What the kernel wants offered for a request, as it may be a WRITE, of as many bytes as the largest READ."""

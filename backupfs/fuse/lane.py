@@ -2,13 +2,15 @@
 
     kernel --- /dev/fuse --- reader thread -- READ of what is at hand ---> answered at once
                                 |    |------- other READ, LSEEK ---------> workers (workers.py)
+                                |    |------- WRITE, FALLOCATE ----------> workers
                                 |    |------- of files it does not know -> a trio task (`Others`)
                                 |    `------- everything else -----------> SOCK_SEQPACKET pair --> libfuse, pyfuse3
                                 `--- relay thread <-- their answers ------'
 
 One thread reads the device: two that contend for the interpreter's lock answer less than half as many reads. It never
 waits, neither for a disk nor for pyfuse3: what the pair has no room for goes through a thread. libfuse takes its end of
-the pair for the device (session.py). A READ never goes through the pair, whose messages are bounded.
+the pair for the device (session.py). A READ or a WRITE never goes through the pair, whose messages are bounded; and
+pyfuse3 has no FALLOCATE.
 
 Every request is answered once: in full up to the end of the file, or with an errno. The kernel fills a short answer up
 with zeroes. The reader ends when the mount does, and by nothing else.
@@ -30,8 +32,9 @@ from typing import Protocol
 
 import trio
 
+from backupfs.errors import BackupfsError
 from backupfs.fuse import kernel
-from backupfs.fuse.kernel import ANSWER, ANSWER_SIZE, LSEEK_ANSWER, REQUEST
+from backupfs.fuse.kernel import ANSWER, ANSWER_SIZE, LSEEK_ANSWER, REQUEST, WRITE_ANSWER
 from backupfs.fuse.passthrough import Passthrough
 from backupfs.fuse.workers import File, Held, Job, Workers
 from backupfs.image import Buffer
@@ -42,6 +45,7 @@ _SECTOR = 512  # READs of other sizes are rare
 _LARGEST_LISTING = 128 << 10  # bytes of a READDIR's answer: it has to fit into a message
 _MESSAGES = 4 << 20  # bytes that the pair holds, if that is allowed
 _GONE = (errno.ENOENT, errno.ENODEV)  # nobody waits for the answer any more; unmounted
+_ATTRIBUTES = b"user.backupfs."  # all that a file can have
 _NOT_A_REQUEST = (errno.ENOENT, errno.EINTR, errno.EAGAIN)  # interrupted before it was read
 
 
@@ -100,7 +104,7 @@ class Lane:
         self.session = theirs.detach()
         self._late: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._files: dict[int, File] = {}
-        self._workers = Workers(self._read, self._seek)
+        self._workers = Workers(self._work)
         self._in_image: File | None = None  # that the reader thread looks at
         self._memory = memoryview(mmap.mmap(-1, mmap.PAGESIZE + kernel.MAX_READ))  # for the reader thread's answers
         self._prepared: dict[int, _Answer] = {}  # by the size of the READ
@@ -196,17 +200,27 @@ class Lane:
                     self._take_read(unique, handle, offset, size)
                 elif opcode == kernel.LSEEK:
                     self._take_seek(unique, handle, offset, size)
+                elif opcode == kernel.WRITE:
+                    self._take_write(unique, handle, offset, view[kernel.DATA_AT : length], size)
+                elif opcode == kernel.FALLOCATE:
+                    self._take_fallocate(unique, handle, offset, request)
+                elif opcode == kernel.GETXATTR and not request.startswith(_ATTRIBUTES, kernel.XATTR_AT):
+                    # The kernel asks for security.capability before each write(2).
+                    self.refuse(unique, errno.ENODATA)
                 elif opcode not in kernel.UNANSWERED:
-                    if opcode in (kernel.READDIR, kernel.READDIRPLUS):
-                        kernel.SIZE.pack_into(request, kernel.SIZE_AT, min(size, _LARGEST_LISTING))
-                    elif opcode in (kernel.OPEN, kernel.INIT):
-                        self.passthrough.note(opcode, unique, request)
+                    self._amend(opcode, unique, request, size)
                     self._pass_on(view[:length])
             except Exception as e:  # noqa: BLE001, nothing may end the thread
                 # Nothing above raises after it answered, or after it gave the request to another one.
                 if not self._ending:
                     log.error("request %d of type %d failed: %r", unique, opcode, e)
                 self.refuse(unique, errno.ENOTCONN if self._ending else errno.EIO)
+
+    def _amend(self, opcode: int, unique: int, request: bytearray, size: int) -> None:
+        if opcode in (kernel.READDIR, kernel.READDIRPLUS):
+            kernel.SIZE.pack_into(request, kernel.SIZE_AT, min(size, _LARGEST_LISTING))
+        elif opcode in (kernel.OPEN, kernel.INIT):
+            self.passthrough.note(opcode, unique, request)
 
     def _pass_on(self, request: memoryview) -> None:
         try:
@@ -250,6 +264,29 @@ class Lane:
         else:
             self._workers.submit(file, Job(unique, kernel.LSEEK, offset, whence))
 
+    def _take_write(self, unique: int, handle: int, offset: int, data: memoryview, size: int) -> None:
+        file = self._files.get(handle)
+        if file is None or file.writable is None or len(data) != size:
+            self.refuse(unique, errno.EBADF)
+        elif offset + size > file.size and offset >= file.size:
+            self.refuse(unique, errno.ENOSPC)  # as a device says it
+        else:
+            # A copy: the next request comes to the same memory.
+            self._workers.submit(file, Job(unique, kernel.WRITE, offset, 0, bytes(data[: file.size - offset])))
+
+    def _take_fallocate(self, unique: int, handle: int, offset: int, request: bytearray) -> None:
+        length, mode = kernel.FALLOCATE_REQUEST.unpack_from(request)
+        file = self._files.get(handle)
+        if file is None or file.writable is None:
+            self.refuse(unique, errno.EBADF)
+        elif mode & ~kernel.FALLOC_KEEP_SIZE not in (kernel.FALLOC_PUNCH_HOLE, kernel.FALLOC_ZERO_RANGE):
+            self.refuse(unique, errno.EOPNOTSUPP)  # space for what is there already can't be promised
+        elif offset + length > file.size and not mode & kernel.FALLOC_KEEP_SIZE:
+            self.refuse(unique, errno.ENOSPC)
+        else:
+            length = max(min(length, file.size - offset), 0)
+            self._workers.submit(file, Job(unique, kernel.FALLOCATE, offset, length))
+
     def _hand_over(self, call: Callable[[], None], unique: int) -> None:
         if self._ending or not self._tell(call):
             self.refuse(unique, errno.ENOTCONN)
@@ -263,6 +300,38 @@ class Lane:
         return True
 
     # In the workers.
+
+    def _work(self, file: File, job: Job) -> None:
+        match job.opcode:
+            case kernel.READ:
+                self._read(file, job.unique, job.offset, job.size)
+            case kernel.LSEEK:
+                self._seek(file, job.unique, job.offset, job.size)
+            case _:
+                self._change(file, job)
+
+    def _change(self, file: File, job: Job) -> None:
+        doing = f"write of {len(job.data) or job.size} bytes at {job.offset}"
+        try:
+            if self._ending:
+                raise BackupfsError("the mount ends")
+            file.check()
+            assert file.writable is not None, "taken for one"
+            if job.opcode == kernel.WRITE:
+                file.writable.write(job.offset, job.data)
+            elif job.size:
+                file.writable.zero(job.offset, job.size)
+        except OSError as e:
+            # The writer is told; the log once, and without a traceback: a full disk is nothing unexpected.
+            self._others.complain(file.inode, "write", BackupfsError(e.strerror or str(e)))
+            self.refuse(job.unique, e.errno or errno.EIO)
+        except Exception as e:  # noqa: BLE001, as above
+            self._fail(file, job.unique, doing, e)
+        else:
+            if job.opcode == kernel.WRITE:
+                self._write(job.unique, [WRITE_ANSWER.pack(WRITE_ANSWER.size, 0, job.unique, len(job.data))])
+            else:
+                self._write(job.unique, [ANSWER.pack(ANSWER_SIZE, 0, job.unique)])
 
     def _read(self, file: File, unique: int, offset: int, size: int) -> None:
         length = max(0, min(size, file.size - offset))

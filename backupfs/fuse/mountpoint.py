@@ -119,7 +119,7 @@ def prepare(path: str) -> None:
         raise MountError(f"{path}: {e.strerror}") from e
 
 
-def open_device(path: str, source: str, *, allow_other: bool) -> int:
+def open_device(path: str, source: str, *, allow_other: bool, writable: bool = False) -> int:
     """Mount a new FUSE device at `path` and return it; the kernel's requests can be read from it.
 
     Until somebody answers there, whoever looks at `path` waits.
@@ -128,16 +128,17 @@ def open_device(path: str, source: str, *, allow_other: bool) -> int:
         path: a folder that `prepare` found right.
         source: what `mount` and `df` show as the device.
         allow_other: let other users in.
+        writable: let requests come that change something.
 
     Raises:
         MountError: it can't be mounted.
     """
     if os.geteuid() == 0:
-        return _mount_as_root(path, source, allow_other)
-    return _mount_as_user(path, source, allow_other)
+        return _mount_as_root(path, source, allow_other, writable)
+    return _mount_as_user(path, source, allow_other, writable)
 
 
-def _mount_as_root(path: str, source: str, allow_other: bool) -> int:
+def _mount_as_root(path: str, source: str, allow_other: bool, writable: bool) -> int:
     try:
         device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     except OSError as e:
@@ -145,17 +146,17 @@ def _mount_as_root(path: str, source: str, allow_other: bool) -> int:
     options = f"fd={device},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()},default_permissions"
     if allow_other:
         options += ",allow_other"
-    flags = ctypes.c_ulong(_MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
+    flags = ctypes.c_ulong((0 if writable else _MS_RDONLY) | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     if _libc.mount(os.fsencode(source), os.fsencode(path), FILE_SYSTEM.encode(), flags, options.encode()):
         os.close(device)
         raise MountError(f"{path}: can't be mounted: {os.strerror(ctypes.get_errno())}")
     return device
 
 
-def _mount_as_user(path: str, source: str, allow_other: bool) -> int:
+def _mount_as_user(path: str, source: str, allow_other: bool, writable: bool) -> int:
     name = source.replace("\\", "\\\\").replace(",", "\\,")
     kind = FILE_SYSTEM.partition(".")[2]
-    options = f"ro,nosuid,nodev,noexec,default_permissions,fsname={name},subtype={kind}"
+    options = f"{'rw' if writable else 'ro'},nosuid,nodev,noexec,default_permissions,fsname={name},subtype={kind}"
     if allow_other:
         options += ",allow_other"
     here, there = socket.socketpair()  # fusermount3 hands the device over through it. Source: libfuse, lib/mount.c

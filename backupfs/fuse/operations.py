@@ -3,8 +3,8 @@
 All of it runs on the trio thread; what blocks, the catalogue and the images, runs in worker threads.
 
 pyfuse3 lets only FUSEError out of a handler: any other exception ends the whole mount. So `@answers` wraps every
-handler. pyfuse3's own defaults are right for what is not here: FORGET is dropped; FLUSH, FSYNC and POLL answer ENOSYS,
-after which the kernel does not ask again.
+handler. pyfuse3's own defaults are right for what is not here: FORGET is dropped; FLUSH and POLL answer ENOSYS, after
+which the kernel does not ask again. Nothing waits for a FLUSH: a write is in the image when it is answered.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import pyfuse3
 import trio
 
 from backupfs.errors import BackupfsError, Corrupt, NotFound
-from backupfs.fuse.catalogue import DiskFile
+from backupfs.fuse.catalogue import DiskFile, TextFile, Writable
 from backupfs.fuse.images import OpenImages
 from backupfs.fuse.lane import Lane
 from backupfs.fuse.tree import Attributes, Entry, Stale, Tree
@@ -45,6 +45,7 @@ class _Opened:
 
     inode: int
     content: bytes | None
+    writable: bool = False
 
 
 class Complaints:
@@ -214,9 +215,12 @@ class Operations(pyfuse3.Operations):
 
     @answers
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
-            raise pyfuse3.FUSEError(errno.EROFS)
+        changes = flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC
         file = await self._ask(self._tree.file, inode)
+        if changes and not _is_writable(file):
+            raise pyfuse3.FUSEError(errno.EROFS)
+        if flags & os.O_TRUNC:
+            raise pyfuse3.FUSEError(errno.EPERM)  # a disk stays as long as it is
         if isinstance(file, DiskFile):
             try:
                 await self.images.acquire(inode, file)
@@ -228,7 +232,7 @@ class Operations(pyfuse3.Operations):
                 self.complaints.say(self.subject(inode), "open", e)
                 raise pyfuse3.FUSEError(errno.EIO) from e
         handle = next(self._handles)
-        self._files[handle] = _Opened(inode, None if isinstance(file, DiskFile) else file.content)
+        self._files[handle] = _Opened(inode, None if isinstance(file, DiskFile) else file.content, _is_writable(file))
         live = isinstance(file, DiskFile) and file.live
         if self._lane and isinstance(file, DiskFile) and not live:
             self._lane.add(handle, inode, self.images.held(inode))  # before the kernel has the handle
@@ -247,6 +251,56 @@ class Operations(pyfuse3.Operations):
         except Exception as e:
             self.complaints.say(self.subject(opened.inode), f"read of {size} bytes at {off}", e)
             raise pyfuse3.FUSEError(errno.EIO) from e
+
+    @answers
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        """Write where there is no lane, which takes it otherwise, and says the same."""
+        opened = self._files[fh]
+        size = (await self._ask(self._tree.attributes, opened.inode)).size
+        if off + len(buf) > size and off >= size:
+            raise pyfuse3.FUSEError(errno.ENOSPC)
+        data = buf[: size - off]
+        await self._change(opened.inode, "write", lambda image: image.write(off, data))
+        return len(data)
+
+    @answers
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        opened = self._files[fh]
+        if opened.writable:
+            await self._change(opened.inode, "fsync", lambda image: image.flush())
+
+    async def _change(self, inode: int, doing: str, call: Callable[[Writable], None]) -> None:
+        try:
+            await self.images.change(inode, call)
+        except OSError as e:
+            self.complaints.say(self.subject(inode), doing, BackupfsError(e.strerror or str(e)))
+            raise pyfuse3.FUSEError(e.errno or errno.EIO) from e
+        except Exception as e:
+            self.complaints.say(self.subject(inode), doing, e)
+            raise pyfuse3.FUSEError(errno.EIO) from e
+
+    @answers
+    async def setattr(
+        self,
+        inode: int,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: int | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        """Take a size that it has already, and times, which are not kept. Nothing else changes."""
+        attributes = await self._ask(self._tree.attributes, inode)
+        try:
+            file = await self._ask(self._tree.file, inode)
+        except Stale as e:
+            raise pyfuse3.FUSEError(errno.EROFS) from e
+        if not _is_writable(file):
+            raise pyfuse3.FUSEError(errno.EROFS)
+        if fields.update_mode or fields.update_uid or fields.update_gid:
+            raise pyfuse3.FUSEError(errno.EPERM)
+        if fields.update_size and attr.st_size != attributes.size:
+            raise pyfuse3.FUSEError(errno.EPERM)
+        return self._reply(attributes)
 
     @answers
     async def release(self, fh: int) -> None:
@@ -325,12 +379,16 @@ class Operations(pyfuse3.Operations):
         return {k.encode(): v for k, v in file.xattrs.items()} if isinstance(file, DiskFile) else {}
 
 
+def _is_writable(file: DiskFile | TextFile) -> bool:
+    return isinstance(file, DiskFile) and file.written is not None
+
+
 async def _refuse(*_: Any) -> None:
     raise pyfuse3.FUSEError(errno.EROFS)
 
 
 # The kernel refuses most of these itself on a read-only mount. pyfuse3's own answer, ENOSYS, would be a riddle.
-_CHANGES = "setattr mknod mkdir unlink rmdir symlink rename link create write setxattr removexattr"
+_CHANGES = "mknod mkdir unlink rmdir symlink rename link create setxattr removexattr"
 for _name in _CHANGES.split():
     setattr(Operations, _name, _refuse)
 

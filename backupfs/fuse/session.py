@@ -32,23 +32,30 @@ _OPTIONS = """
     auto noauto nofail user nouser users owner group _netdev
 """
 _WITHOUT_EFFECT = frozenset(_OPTIONS.split())
-OPTIONS = ("allow_other", "no_passthrough")
+OPTIONS = ("allow_other", "no_passthrough", "keep_scratch")
 """What there is to choose."""
+SCRATCH = "scratch="
+"""The same, and a folder follows."""
 _PREFIXES_WITHOUT_EFFECT = ("x-", "X-", "comment=")
 
 
 def check_options(options: Sequence[str]) -> frozenset[str]:
-    """Check what came with `-o`; each may be a list with commas. Return those of OPTIONS that are among it.
+    """Check what came with `-o`; each may be a list with commas. Return those of OPTIONS and SCRATCH among it.
 
     Raises:
-        MountError: an option is not known.
+        MountError: an option is not known, or contradicts another.
     """
-    found = set()
-    for option in (part for text in options for part in text.split(",") if part):
-        if option in OPTIONS:
+    found = set[str]()
+    given = [part for text in options for part in text.split(",") if part]
+    scratches = {option for option in given if option.startswith(SCRATCH)}
+    if len(scratches) > 1 or (scratches and "ro" in given):
+        raise MountError(f"mount options {','.join(given)}: one {SCRATCH}FOLDER, and no ro beside it")
+    for option in given:
+        if option in OPTIONS or option in scratches:
             found.add(option)
         elif option not in _WITHOUT_EFFECT and not option.startswith(_PREFIXES_WITHOUT_EFFECT):
-            raise MountError(f"mount option {option!r} is not known; what there is to choose is {', '.join(OPTIONS)}")
+            known = ", ".join((*OPTIONS, f"{SCRATCH}FOLDER"))
+            raise MountError(f"mount option {option!r} is not known; what there is to choose is {known}")
     return frozenset(found)
 
 
@@ -60,6 +67,7 @@ def run(
     allow_other: bool,
     on_ready: Callable[[], None],
     passthrough: bool = True,
+    writable: bool = False,
 ) -> bool:
     """Mount the catalogue at `path` and answer until the mount ends.
 
@@ -70,6 +78,7 @@ def run(
         allow_other: let other users in.
         on_ready: called once, when the mount answers. When it raises OSError the mount ends.
         passthrough: have the kernel read the files by itself for which the catalogue has a raw file, where it can.
+        writable: the catalogue has files that can be written to.
 
     Returns:
         Whether all calls of the catalogue and of its images have returned. If not, a thread hangs in one, and nothing
@@ -80,16 +89,23 @@ def run(
     """
     path = mountpoint.resolve(path)
     mountpoint.prepare(path)
-    return trio.run(partial(_live, catalogue, path, source, allow_other, on_ready, passthrough=passthrough))
+    device = partial(mountpoint.open_device, path, source, allow_other=allow_other, writable=writable)
+    return trio.run(partial(_live, catalogue, path, device, allow_other, on_ready, passthrough=passthrough))
 
 
 async def _live(
-    catalogue: Catalogue, path: str, source: str, allow_other: bool, on_ready: Callable[[], None], *, passthrough: bool
+    catalogue: Catalogue,
+    path: str,
+    open_device: Callable[[], int],
+    allow_other: bool,
+    on_ready: Callable[[], None],
+    *,
+    passthrough: bool,
 ) -> bool:
     tree = Tree(catalogue, readable_by_all=allow_other)
     # The signals first: one that comes between mount(2) and here would leave a dead mount.
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-        device = mountpoint.open_device(path, source, allow_other=allow_other)
+        device = open_device()
         mounted = mountpoint.find(path)
         attached, lane = False, None
         try:

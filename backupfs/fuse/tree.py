@@ -5,6 +5,7 @@
     /VM/latest -> POINT        LatestLink
     /VM/POINT/                 PointFolder
     /VM/POINT/DISK.raw         File
+    /VM/POINT/DISK.rw          File, and the only kind that can be written to
     /VM/POINT/DISK.parts/      SubFolder
     /VM/POINT/DISK.parts/1.raw File
     /VM/POINT/point.json       File
@@ -24,7 +25,7 @@ import hashlib
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from backupfs.errors import NotFound
 from backupfs.fuse.catalogue import LIVE, Catalogue, DiskFile, PointEntry, TextFile
@@ -85,7 +86,10 @@ class SubFolder:
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file in a point's folder, or in `folder` in that, with all that stat(2) tells of it."""
+    """A file in a point's folder, or in `folder` in that, with all that stat(2) tells of it.
+
+    Of one that is writable `allocated` and `time_ns` are as if nobody had written to it.
+    """
 
     vm: str
     point: str
@@ -96,6 +100,7 @@ class File:
     allocated: int
     time_ns: int
     timeout_s: float
+    writable: bool = field(default=False, repr=False)  # not in the inode number: its name says so already
 
 
 Node = Root | VmFolder | LatestLink | PointFolder | SubFolder | File
@@ -183,6 +188,7 @@ class Tree:
         self.inodes = inodes or Inodes()
         self._folder_mode = stat.S_IFDIR | (0o555 if readable_by_all else 0o500)
         self._file_mode = stat.S_IFREG | (0o444 if readable_by_all else 0o400)
+        self._writable_mode = stat.S_IFREG | 0o600
 
     def lookup(self, parent: int, name: bytes) -> Attributes:
         """Return the attributes of `name` in the folder `parent`.
@@ -261,14 +267,18 @@ class Tree:
         """
         node = self.inodes.node(inode)
         if isinstance(node, File):
-            try:
-                entry = self.catalogue.point(node.vm, node.point)
-            except NotFound as e:
-                raise Stale(str(e)) from e
-            for file in _inside(entry, node.folder):
-                if file.name == node.name and file.version == node.version:
-                    return file
+            return self._file(node)
         raise Stale(f"{self.describe(inode)} is not what it was")
+
+    def _file(self, node: File) -> DiskFile | TextFile:
+        try:
+            entry = self.catalogue.point(node.vm, node.point)
+        except NotFound as e:
+            raise Stale(str(e)) from e
+        for file in _inside(entry, node.folder):
+            if file.name == node.name and file.version == node.version:
+                return file
+        raise Stale(f"{node.vm}/{node.point}/{node.name} is not what it was")
 
     def describe(self, inode: int) -> str:
         """Return the path in the tree, for messages."""
@@ -300,7 +310,10 @@ class Tree:
         match node:
             case File():
                 number = self.inodes.number(node)
-                return Attributes(number, self._file_mode, 1, node.size, node.allocated, node.time_ns, node.timeout_s)
+                mode, allocated, time_ns = self._file_mode, node.allocated, node.time_ns
+                if node.writable:
+                    mode, (allocated, time_ns) = self._writable_mode, self._written(node)
+                return Attributes(number, mode, 1, node.size, allocated, time_ns, node.timeout_s)
             case PointFolder(vm, point):
                 # Not by listing the VM: `find` over 10,000 points would list 10,000 points 10,000 times.
                 return self._point_folder(node, self.catalogue.point(vm, point).time_ns)
@@ -319,6 +332,15 @@ class Tree:
                 vms = self._vms()
                 newest = max((t for vm in vms for t in self._points(vm).values()), default=0)
                 return self._folder(node, len(vms), newest)
+
+    def _written(self, node: File) -> tuple[int, int]:
+        """Return how much of a writable file is allocated, and its time."""
+        try:
+            file = self._file(node)
+        except Stale:  # somebody has it open
+            return node.allocated, node.time_ns
+        allocated, time_ns = file.written() if isinstance(file, DiskFile) and file.written else (node.allocated, None)
+        return allocated, node.time_ns if time_ns is None else time_ns
 
     def _point_folder(self, node: PointFolder, time_ns: int) -> Attributes:
         # One link, as Btrfs has it, means that nobody counted the folders inside: that would take reading the point.
@@ -347,11 +369,12 @@ def _inside(entry: PointEntry, folder: str) -> Sequence[DiskFile | TextFile]:
 def _files(vm: str, point: str, folder: str, entry: PointEntry) -> Iterator[File]:
     for f in _inside(entry, folder):
         if component(f.name):
-            time_ns, timeout_s = entry.time_ns, FRESH_TIMEOUT_S
+            time_ns, timeout_s, writable = entry.time_ns, FRESH_TIMEOUT_S, False
             if isinstance(f, DiskFile):
-                time_ns = time_ns if f.time_ns is None else f.time_ns
-                timeout_s = LIVE_TIMEOUT_S if f.live else FILE_TIMEOUT_S
-            yield File(vm, point, folder, f.name, f.version, f.size, f.allocated, time_ns, timeout_s)
+                time_ns, writable = time_ns if f.time_ns is None else f.time_ns, f.written is not None
+                if not writable:
+                    timeout_s = LIVE_TIMEOUT_S if f.live else FILE_TIMEOUT_S
+            yield File(vm, point, folder, f.name, f.version, f.size, f.allocated, time_ns, timeout_s, writable)
 
 
 def _folders(vm: str, point: str, entry: PointEntry) -> Iterator[SubFolder]:

@@ -1,4 +1,5 @@
-"""The threads that answer what the lane's reader thread can't at once: they read disks, decompress, walk extents.
+"""The threads that answer what the lane's reader thread can't at once: they read disks, decompress, walk extents, and
+write.
 
 Started as they are needed, up to WORKERS, and at most WORKERS_OF_AN_IMAGE of them are in one image: readers of one that
 hangs wait, and nobody else.
@@ -16,7 +17,7 @@ from typing import Protocol
 
 from backupfs.errors import BackupfsError
 from backupfs.extents import coalesce
-from backupfs.fuse import kernel
+from backupfs.fuse.catalogue import Writable
 from backupfs.image import Buffer, Gatherer, Image, seek
 from backupfs.units import GiB, MiB
 
@@ -59,6 +60,7 @@ class File:
         self.gather: Callable[[int, int], Sequence[Buffer | bytes]] = self._read
         if isinstance(self.image, Gatherer):
             self.at_once, self.gather = self.image.at_once, self.image.gather
+        self.writable = self.image if isinstance(self.image, Writable) else None
         self._data = 0, 0  # offset and end of data that is known: programs ask for its end from everywhere in it
         self._known = _Window(0, 0, [], [])
 
@@ -69,6 +71,8 @@ class File:
 
     def seek(self, offset: int, whence: int) -> int:
         """Return where data or a hole begins. Raises as `image.seek`."""
+        if self.writable is not None:
+            return seek(self.image, offset, whence)  # nothing is remembered of what changes
         first, end = self._data
         if first <= offset < end and whence in (os.SEEK_DATA, os.SEEK_HOLE):
             return end if whence == os.SEEK_HOLE else offset
@@ -111,12 +115,13 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A READ or an LSEEK; `size` is `whence` then."""
+    """A READ; a WRITE of `data`; a FALLOCATE that makes zeroes; an LSEEK, `size` is `whence` then."""
 
     unique: int
     opcode: int
     offset: int
     size: int
+    data: bytes = b""
 
 
 class _Waiting:
@@ -132,13 +137,11 @@ class Workers:
     """Does jobs.
 
     Args:
-        read, seek: answer a request, whatever happens; called in a thread.
+        answer: answers a request, whatever happens; called in a thread.
     """
 
-    def __init__(
-        self, read: Callable[[File, int, int, int], None], seek: Callable[[File, int, int, int], None]
-    ) -> None:
-        self._answer = {kernel.READ: read, kernel.LSEEK: seek}
+    def __init__(self, answer: Callable[[File, Job], None]) -> None:
+        self._answer = answer
         self._lock = threading.Lock()
         self._tickets = 0  # in the queue, or with a worker
         self._threads = 0
@@ -176,7 +179,7 @@ class Workers:
                 file, job = waiting.jobs.popleft()
                 waiting.queued -= 1
                 waiting.working += 1
-            self._answer[job.opcode](file, job.unique, job.offset, job.size)
+            self._answer(file, job)
             with self._lock:
                 file.jobs -= 1
                 waiting.working -= 1

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 
-from backupfs.errors import BackupfsError, MountError, NotFound
+from backupfs.errors import BackupfsError, MountError, NotFound, UsageError
 from backupfs.fuse import mountpoint as places
 from backupfs.fuse import session
 from backupfs.fuse.catalogue import LIVE, DiskFile, PointEntry, TextFile
@@ -22,20 +22,24 @@ from backupfs.repository.point import PointImage
 from backupfs.repository.repository import Repository
 from backupfs.services import background, hydrated
 from backupfs.services.live import Exports, LiveCatalogue, LiveDisks, check_exports
+from backupfs.services.overlay import OverlayImage
+from backupfs.services.scratch import Disk, ScratchFolder
 from backupfs.services.volumes import Volumes
 from backupfs.units import MiB, parse_time
 
 log = logging.getLogger(__name__)
 
+_PR_SET_IO_FLUSHER = 57  # Source: <linux/prctl.h>
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # Source: <malloc.h>
 
 
 class RepositoryCatalogue:
     """What a repository has to show, and the live disks beside it. From any thread."""
 
-    def __init__(self, repository: Repository, live: LiveDisks) -> None:
+    def __init__(self, repository: Repository, live: LiveDisks, scratch: ScratchFolder | None = None) -> None:
         self._repository = repository
         self._live = live
+        self._scratch = scratch
         self._volumes = Volumes()
 
     def vms(self) -> Sequence[str]:
@@ -54,6 +58,9 @@ class RepositoryCatalogue:
         manifest = self._repository.manifest(vm, point)
         disks = [self._disk(vm, point, disk) for disk in manifest.disks]
         files: list[DiskFile | TextFile] = [*disks]
+        if self._scratch:
+            raws = zip(manifest.disks, disks, strict=True)
+            files += [_writable(self._scratch, vm, point, disk.name, raw) for disk, raw in raws]
         files.append(TextFile("point.json", self._repository.manifest_json(vm, point)))
         if manifest.domain_xml is not None:
             files.append(TextFile("domain.xml", manifest.domain_xml.encode()))
@@ -87,6 +94,38 @@ class RepositoryCatalogue:
         )
 
 
+def _writable(scratch: ScratchFolder, vm: str, point: str, name: str, raw: DiskFile) -> DiskFile:
+    """Return the writable view of a disk that is shown as `raw`."""
+    key = Disk(vm, point, name, raw.version, raw.size)
+
+    def open_image() -> Image:
+        base = raw.open()
+        try:
+            return OverlayImage(base, scratch.changes(key), _check_map)
+        except BaseException:
+            base.close()
+            raise
+
+    def written() -> tuple[int, int | None]:
+        own, time_ns = scratch.written(key)
+        return min(raw.allocated + own, -(-raw.size // 512) * 512), time_ns
+
+    def check(image: Image) -> None:
+        if isinstance(image, OverlayImage):
+            image.check_base()
+
+    return DiskFile(
+        name=f"{name}.rw",
+        size=raw.size,
+        allocated=raw.allocated,
+        version=raw.version,
+        xattrs={name: raw.xattrs[name] for name in ("user.backupfs.vm", "user.backupfs.point", "user.backupfs.disk")},
+        open=open_image,
+        check=check,
+        written=written,
+    )
+
+
 def _version(disk: DiskEntry | None) -> str:
     return f"{disk.layer_id} {disk.digest} {disk.size}" if disk else ""
 
@@ -113,6 +152,8 @@ def mount(
     options: Sequence[str],
     live: Exports = MappingProxyType({}),
     passthrough: bool = True,
+    scratch: str | None = None,
+    keep_scratch: bool = False,
 ) -> None:
     """Show a repository at a folder.
 
@@ -125,15 +166,30 @@ def mount(
         options: as mount(8) gives them with `-o`; checked, and dropped if they say what is so anyway.
         live: NBD exports to show beside the points. They need not be there.
         passthrough: have the kernel read hydrated disks by itself, if it can.
+        scratch: a folder; every disk can then be written to as well, and what is written goes there.
+        keep_scratch: keep that when the mount ends, and go on with what is there.
 
     Raises:
-        UsageError: `live` has a name or a URI that is none.
+        UsageError: `live` has a name or a URI that is none; `keep_scratch` without `scratch`.
         NotFound, UnsupportedFormat, Corrupt: the repository can't be opened.
-        MountError: it can't be mounted, or the mount has crashed.
+        MountError: it can't be mounted, the scratch can't be used, or the mount has crashed.
     """
     repository, mountpoint = os.path.abspath(repository), os.path.abspath(mountpoint)
     chosen = session.check_options(options)
-    how = _How(allow_other or "allow_other" in chosen, passthrough and "no_passthrough" not in chosen, live)
+    scratches = {o.removeprefix(session.SCRATCH) for o in chosen if o.startswith(session.SCRATCH)} | {scratch or ""}
+    scratches = {os.path.abspath(folder) for folder in scratches if folder}
+    keep_scratch = keep_scratch or "keep_scratch" in chosen
+    if len(scratches) > 1:
+        raise UsageError("--scratch and -o scratch= name different folders")
+    if keep_scratch and not scratches:
+        raise UsageError("--keep-scratch needs --scratch FOLDER")
+    how = _How(
+        allow_other or "allow_other" in chosen,
+        passthrough and "no_passthrough" not in chosen,
+        live,
+        scratches.pop() if scratches else None,
+        keep_scratch,
+    )
     check_exports(live)
     if foreground:
         _run(repository, mountpoint, how)
@@ -172,12 +228,16 @@ class _How:
     allow_other: bool
     passthrough: bool
     live: Exports
+    scratch: str | None
+    keep_scratch: bool
 
 
 def _start(repository: str, path: str, how: _How) -> None:
     arguments = ["-r", repository, "mount", "--foreground", *(["--allow-other"] if how.allow_other else [])]
     arguments += [] if how.passthrough else ["--no-passthrough"]
     arguments += [f"--live={vm}/{disk}={uri}" for (vm, disk), uri in how.live.items()]
+    arguments += [f"--scratch={how.scratch}"] if how.scratch else []
+    arguments += ["--keep-scratch"] if how.keep_scratch else []
     arguments.append(path)
     try:
         background.start(arguments)
@@ -208,6 +268,10 @@ def _run(repository: str, path: str, how: _How) -> None:
 def _answer(repository: str, path: str, how: _How, on_ready: Callable[[], None]) -> None:
     _bound_the_heap()
     opened = Repository.open(repository, chunk_cache=_chunk_cache())
+    scratch = None
+    if how.scratch:
+        scratch = ScratchFolder(how.scratch, repository, opened.settings.id, path, keep=how.keep_scratch)
+        _serve_writes()
 
     def ready() -> None:
         log.info("%s is mounted at %s", repository, path)
@@ -216,7 +280,8 @@ def _answer(repository: str, path: str, how: _How, on_ready: Callable[[], None])
     source = f"backupfs:{repository}"
     disks = LiveDisks(how.live)
     disks.begin()
-    catalogue = RepositoryCatalogue(opened, disks)
+    catalogue = RepositoryCatalogue(opened, disks, scratch)
+    all_returned = False
     try:
         # When this raises, the process is about to end, and a thread may still be in the repository: it stays open.
         all_returned = session.run(
@@ -226,9 +291,12 @@ def _answer(repository: str, path: str, how: _How, on_ready: Callable[[], None])
             allow_other=how.allow_other,
             on_ready=ready,
             passthrough=how.passthrough,
+            writable=scratch is not None,
         )
     finally:
         disks.close()
+        if scratch:
+            scratch.close(all_returned=all_returned)
     log.info("%s: unmounted", path)
     if not all_returned:
         # A thread hangs in a read. Closing LMDB under it would crash; waiting for it might be for ever.
@@ -244,6 +312,15 @@ def _chunk_cache() -> int:
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(max(memory // 16, 32 * MiB), 1024 * MiB)
+
+
+def _serve_writes() -> None:
+    """Tell the kernel that writes of its own may wait for us, those of a loop device on a disk.
+
+    No allocation of our memory waits for such writes then, and none of our writes is held back until they are done.
+    Only root may say so; else nothing changes. For the threads that are started later. Source: prctl(2).
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
 
 
 def _bound_the_heap() -> None:
