@@ -3,6 +3,7 @@
 from backupfs.errors import GuestError
 from backupfs.filesystem import FileSystem
 from backupfs.guest.detect import EXT, FAT, NTFS
+from backupfs.guest.ext_journal import replayed
 from backupfs.guest.tsk import TskFileSystem
 from backupfs.image import Image
 
@@ -13,6 +14,11 @@ def open_family(volume: Image, family: str, kind: str) -> FileSystem:
     Raises:
         GuestError: it can't be opened.
     """
-    if family in {EXT, NTFS, FAT}:
+    if family == EXT:
+        image, notes = replayed(volume)
+        system = TskFileSystem(image, family, kind)
+        system.notes = notes or system.notes
+        return system
+    if family in {NTFS, FAT}:
         return TskFileSystem(volume, family, kind)
     raise GuestError(f"{kind}: backupfs does not read it")
