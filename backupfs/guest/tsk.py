@@ -57,11 +57,11 @@ class _Volume(pytsk3.Img_Info):  # type: ignore[misc]
 
 
 class TskFileSystem:
-    """A FileSystem (filesystem.py), as `detect` found it."""
+    """A FileSystem (filesystem.py), as `detect` found it; `notes`: what somebody has to know."""
 
-    def __init__(self, volume: Image, family: str, kind: str) -> None:
+    def __init__(self, volume: Image, family: str, kind: str, notes: tuple[str, ...] = ()) -> None:
         self.kind = kind
-        self.notes: tuple[str, ...] = ()
+        self.notes = notes
         self._family = family
         self._volume = volume
         self._inodes = Inodes(volume) if family == EXT else None
@@ -71,8 +71,6 @@ class TskFileSystem:
             raise GuestError(f"the {kind} can't be opened: {_words(e)}") from e
         self.root = int(self._fs.info.root_inum)
         self._open = functools.lru_cache(256)(self._open_anew)
-        if self._inodes is not None and self._inodes.incompat & 0x4:
-            self.notes = ("its journal was not replayed: what was written last may be missing",)
 
     def stat(self, inode: int) -> Stat:
         return self._stat(inode, self._open(inode))

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import stat
 import struct
@@ -188,6 +189,44 @@ def test_ext(tmp_path: Path, options: tuple[str, ...]) -> None:
         holes = [e for e in system.extents(look(system, "a/sparse"), 0, 9 * MiB) if e.flag]
         assert sum(e.length for e in holes) >= 9 * MiB - 128 * KiB
         assert not small or system.stat(look(system, "a/big")).mtime_ns % 10**9 == 0
+
+
+@pytest.mark.parametrize("seed", range(20 if LONG else 3))
+def test_an_ext4_that_was_written_to(tmp_path: Path, seed: int) -> None:
+    """The disk at a moment while programs write: what is read is what the kernel shows once it replayed the journal."""
+    path, moment, chance = make_ext4(tmp_path / "disk"), tmp_path / "moment", random.Random(seed)
+    with mounted(path, tmp_path / "mnt") as root:
+        fill(root, posix=True)
+        os.sync()
+        for number in range(chance.randrange(50, 400)):
+            file = root / f"many/{chance.randrange(60)}"
+            match chance.randrange(4):
+                case 0:
+                    file.unlink(missing_ok=True)
+                case 1:
+                    (root / f"folder {number}").mkdir()
+                case 2:
+                    file.write_bytes(chance.randbytes(chance.randrange(20_000)))
+                case _:
+                    with file.open("ab") as opened:
+                        opened.write(b"more")
+                        os.fsync(opened.fileno())
+        shutil.copyfile(path, moment)
+    assert detect_dirty(moment), "there is something to replay"
+    with closing(open_image(moment)) as system:
+        assert system.notes == ()
+        copy = tmp_path / "copy"
+        shutil.copyfile(moment, copy)
+        with mounted(copy, tmp_path / "mnt"):
+            pass  # the kernel replays it
+        with mounted(copy, tmp_path / "mnt", read_only=True) as root:
+            assert differences(system, root) == []
+        assert detect_dirty(moment), "nothing was written to it"
+
+
+def detect_dirty(path: Path) -> bool:
+    with path.open("rb") as file:
+        return bool(struct.unpack_from("<I", file.read(2048), 1024 + 96)[0] & 4)
 
 
 def test_ntfs(tmp_path: Path) -> None:
