@@ -156,7 +156,7 @@ def test_damaged_journals(tmp_path: Path, kind: str) -> None:
     block = 1024 << struct.unpack_from("<I", disk, 1024 + 24)[0]
     described = [at for at in range(0, len(disk), block) if disk[at : at + 4] == MAGIC and disk[at + 7] in (1, 2, 5)]
     chance, refused = random.Random(6), 0
-    rounds = 200 if LONG else 5
+    rounds = 200 if LONG else 3
     for _ in range(rounds):
         damaged = bytearray(disk)
         at = chance.choice(described) + chance.choice([chance.randrange(64), chance.randrange(block), 3, 11])
