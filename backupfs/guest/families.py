@@ -16,9 +16,7 @@ def open_family(volume: Image, family: str, kind: str) -> FileSystem:
     """
     if family == EXT:
         image, notes = replayed(volume)
-        system = TskFileSystem(image, family, kind)
-        system.notes = notes or system.notes
-        return system
+        return TskFileSystem(image, family, kind, notes)
     if family in {NTFS, FAT}:
         return TskFileSystem(volume, family, kind)
     raise GuestError(f"{kind}: backupfs does not read it")
