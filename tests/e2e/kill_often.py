@@ -59,7 +59,9 @@ class Life:
                 self.change()
                 self.day += 1
                 full = self.rng.random() < 0.1
-                self.points[add_point(repository, bytes(self.data), day=self.day, full=full).id] = bytes(self.data)
+                self.points[add_point(repository, bytes(self.data), day=self.day - 10_000, full=full).id] = bytes(
+                    self.data
+                )
 
     def round(self, what: str) -> bool:
         """Do one thing, broken off; check everything. Returns whether it was broken off before it ended."""
@@ -72,7 +74,7 @@ class Life:
         def act() -> None:
             with Repository.open(self.path) as repository:
                 if what == "backup":
-                    add_point(repository, new, day=self.day)
+                    add_point(repository, new, day=self.day - 10_000)
                 elif what == "delete":
                     delete(repository, [(VM, point) for point in doomed])
                 elif what == "prune":

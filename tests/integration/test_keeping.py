@@ -145,7 +145,9 @@ class Keeping(RuleBasedStateMachine):
         extents = self._extents(chain, by_bitmap) if full else None
         self.days += 1
         data = bytes(self.disk)
-        point = add_point(self.repository, data, extents, chain=chain, full=not full, step=CHUNK * 16, day=self.days)
+        point = add_point(
+            self.repository, data, extents, chain=chain, full=not full, step=CHUNK * 16, day=self.days - 10_000
+        )
         self._took(point.id, data, chain)
         self.changed[chain] = point.id, set()
         assert read_point(self.repository, point.id) == data
@@ -260,7 +262,7 @@ class Keeping(RuleBasedStateMachine):
         def work() -> None:
             with Repository.open(str(self.path)) as repository:
                 if what == "backup":
-                    add_point(repository, data, day=self.days)
+                    add_point(repository, data, day=self.days - 10_000)
                 elif what == "delete":
                     delete(repository, [(VM, point) for point in doomed])
                 elif what == "prune":
