@@ -175,7 +175,7 @@ def test_a_status_error_names_the_offset_and_the_errno() -> None:
 
 
 def test_a_rare_read_error_ends_a_full_read() -> None:
-    with nbdkit("memory", "64M", "error-pread-rate=10%", options=["--filter=error"]) as server:
+    with nbdkit("memory", "64M", "error-pread-rate=40%", options=["--filter=error"]) as server:
         source = open_source(server.uri, timeout_s=10)
         with pytest.raises(ProtocolError, match="reading"):
             list(source.read_many([(0, 64 * MiB)]))
