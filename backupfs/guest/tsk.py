@@ -3,6 +3,7 @@
 C on what a guest wrote: only in a process of its own (child.py). One thread.
 """
 
+import contextlib
 import functools
 import stat as st
 import struct
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytsk3
 
-from backupfs.errors import GuestError, NotFound
+from backupfs.errors import BackupfsError, GuestError, NotFound
 from backupfs.extents import Extent, coalesce
 from backupfs.filesystem import Entry, Stat
 from backupfs.guest.detect import EXT, FAT, NTFS
@@ -31,15 +32,21 @@ _FIRST_USER_SEGMENT = 24  # of NTFS' master file table: before it is the file sy
 _OWN_SEGMENTS = frozenset(range(5)) | frozenset(range(6, _FIRST_USER_SEGMENT))  # 5 is the root
 _REPARSE_LINKS = {0xA000000C: 20, 0xA0000003: 16}  # symbolic link, junction: where the names begin
 _REPARSE_FILES = {0x80000017: "compressed by Windows (WOF)", 0x80000013: "deduplicated by Windows"}
+_FILLER = int(pytsk3.TSK_FS_ATTR_RUN_FLAG_FILLER)
 # Of ext a hole at the beginning or in the middle is a filler, the one at the end, or what was never written, is sparse.
-_HOLE = int(pytsk3.TSK_FS_ATTR_RUN_FLAG_FILLER) | int(pytsk3.TSK_FS_ATTR_RUN_FLAG_SPARSE)
+_HOLE = _FILLER | int(pytsk3.TSK_FS_ATTR_RUN_FLAG_SPARSE)
 
 
-class _Volume(pytsk3.Img_Info):  # type: ignore[misc]
-    """A volume, as The Sleuth Kit reads it."""
+class _Volume(pytsk3.Img_Info):  # type: ignore[misc]  # pytsk3 has no types
+    """A volume, as The Sleuth Kit reads it.
+
+    Attributes:
+        failure: the last read that failed: The Sleuth Kit goes on without what it could not read, and says nothing.
+    """
 
     def __init__(self, image: Image) -> None:
         self._image = image
+        self.failure: BackupfsError | None = None
         super().__init__(url="", type=pytsk3.TSK_IMG_TYPE_EXTERNAL)
 
     def close(self) -> None:
@@ -48,8 +55,12 @@ class _Volume(pytsk3.Img_Info):  # type: ignore[misc]
     def read(self, offset: int, size: int) -> bytes:
         size = max(0, min(size, self._image.size - offset))
         buffer = bytearray(size)
-        if size:
-            self._image.readinto(offset, buffer)
+        try:
+            if size:
+                self._image.readinto(offset, buffer)
+        except BackupfsError as e:
+            self.failure = e
+            raise
         return bytes(buffer)
 
     def get_size(self) -> int:
@@ -63,22 +74,53 @@ class TskFileSystem:
         self.kind = kind
         self.notes = notes
         self._family = family
-        self._volume = volume
+        self._image = volume
         self._inodes = Inodes(volume) if family == EXT else None
-        try:
-            self._fs = pytsk3.FS_Info(_Volume(volume))
-        except OSError as e:
-            raise GuestError(f"the {kind} can't be opened: {_words(e)}") from e
+        self._begin_anew()
         self.root = int(self._fs.info.root_inum)
+
+    def _begin_anew(self) -> None:
+        self._fs: Any = None
+        self._volume = _Volume(self._image)
+        try:
+            opened = pytsk3.FS_Info(self._volume)
+        except (OSError, RuntimeError) as e:
+            raise GuestError(f"the {self.kind} can't be opened: {self._volume.failure or _words(e)}") from e
+        if self._volume.failure is not None:
+            raise GuestError(f"the {self.kind} can't be opened: {self._volume.failure}")
+        self._fs = opened
         self._open = functools.lru_cache(256)(self._open_anew)
+        self._refuse_unreadable = functools.lru_cache(256)(self._look_whether_readable)
+
+    @contextlib.contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """Raise GuestError for whatever in the block could not be read, also where The Sleuth Kit went on without it.
+
+        What was remembered until then may lack something, and goes.
+        """
+        if self._fs is None:
+            self._begin_anew()
+        problem: Exception | None = None
+        try:
+            yield
+        except (OSError, RuntimeError, NotFound) as e:  # RuntimeError: what `_Volume.read` raised
+            if self._volume.failure is None and isinstance(e, NotFound):
+                raise
+            problem = e
+        if self._volume.failure is not None or problem is not None:
+            words = str(self._volume.failure or _words(problem))
+            if self._volume.failure is not None:
+                self._fs = None
+            raise GuestError(f"{what} can't be read: {words}") from problem
 
     def stat(self, inode: int) -> Stat:
-        return self._stat(inode, self._open(inode))
+        with self._reading(f"inode {inode}"):
+            return self._stat(inode, self._open(inode))
 
     def list(self, inode: int) -> list[Entry]:
-        self._open(inode)
         found: dict[bytes, Entry] = {}
-        try:
+        with self._reading(f"folder {inode}"):
+            self._open(inode)
             for entry in self._fs.open_dir(inode=inode):
                 name = self._name(entry, inode)
                 if name is None or name in found:
@@ -90,46 +132,45 @@ class TskFileSystem:
                     continue  # an entry without an inode: the kernel does not show it either
                 if len(found) > _MOST_ENTRIES:
                     raise GuestError(f"the folder has more than {_MOST_ENTRIES:,} entries")
-        except OSError as e:
-            raise GuestError(f"folder {inode} can't be read: {_words(e)}") from e
         return list(found.values())
 
     def read(self, inode: int, offset: int, length: int) -> bytes:
-        file = self._open(inode)
-        self._refuse_unreadable(inode, file)
-        wanted = min(length, int(file.info.meta.size) - offset)
-        if wanted <= 0:
-            return b""
         parts, done = [], 0
-        while done < wanted:
-            try:
+        with self._reading(f"inode {inode} at {offset}"):
+            file = self._open(inode)
+            self._refuse_unreadable(inode)
+            wanted = min(length, int(file.info.meta.size) - offset)
+            while done < wanted:
                 part = file.read_random(offset + done, wanted - done)
-            except OSError as e:
-                raise GuestError(f"inode {inode} can't be read at {offset + done}: {_words(e)}") from e
-            if not part:
-                raise GuestError(f"inode {inode} can't be read at {offset + done}: it ends there")
-            parts.append(part)
-            done += len(part)
+                if not part:
+                    raise GuestError(f"inode {inode} can't be read at {offset + done}: it ends there")
+                parts.append(part)
+                done += len(part)
         return b"".join(parts)
 
     def extents(self, inode: int, offset: int, length: int) -> Iterator[Extent]:
-        return coalesce(self._extents(self._open(inode), offset, offset + length))
+        with self._reading(f"inode {inode}"):
+            self._refuse_unreadable(inode)
+            found = list(coalesce(self._extents(self._open(inode), offset, offset + length)))
+        return iter(found)
 
     def readlink(self, inode: int) -> bytes:
-        file = self._open(inode)
-        if self._inodes is not None:
-            target = self._ext_link(self._inodes.get(inode))
-        else:
-            target = self._reparse_link(file) or b""
+        with self._reading(f"inode {inode}"):
+            file = self._open(inode)
+            if self._inodes is not None:
+                target = self._ext_link(self._inodes.get(inode))
+            else:
+                target = self._reparse_link(file) or b""
         if not target:
             raise GuestError(f"inode {inode} is no symbolic link")
         return target
 
     def xattrs(self, inode: int) -> dict[bytes, bytes]:
-        file = self._open(inode)
-        if self._inodes is not None:
-            return self._inodes.xattrs(self._inodes.get(inode))
-        return dict(self._streams(inode, file)) if self._family == NTFS else {}
+        with self._reading(f"inode {inode}"):
+            file = self._open(inode)
+            if self._inodes is not None:
+                return self._inodes.xattrs(self._inodes.get(inode))
+            return dict(self._streams(inode, file)) if self._family == NTFS else {}
 
     def close(self) -> None:
         self._open.cache_clear()
@@ -213,7 +254,7 @@ class TskFileSystem:
             has_xattrs=self._family == NTFS and any(_is_stream(attribute) for attribute in file),
         )
 
-    def _refuse_unreadable(self, inode: int, file: Any) -> None:
+    def _look_whether_readable(self, inode: int) -> None:
         """Raise GuestError for what would come out wrong."""
         if self._inodes is not None:
             found = self._inodes.get(inode)
@@ -221,15 +262,15 @@ class TskFileSystem:
                 raise GuestError(f"inode {inode} is no file")
             if found.flags & ENCRYPT_FLAG:
                 raise GuestError(f"inode {inode} is encrypted")
-            return
-        if self._family != NTFS:
-            return
-        tag = self._reparse_tag(file)
-        if tag in _REPARSE_FILES:
-            raise GuestError(f"inode {inode} is {_REPARSE_FILES[tag]}, which is not read")
-        data = _data(file)
-        if data is not None and int(data.info.flags) & int(pytsk3.TSK_FS_ATTR_ENC):
-            raise GuestError(f"inode {inode} is encrypted")
+        elif self._family == NTFS:
+            file = self._open(inode)
+            tag, data = self._reparse_tag(file), _data(file)
+            if tag in _REPARSE_FILES:
+                raise GuestError(f"inode {inode} is {_REPARSE_FILES[tag]}, which is not read")
+            if data is not None and int(data.info.flags) & int(pytsk3.TSK_FS_ATTR_ENC):
+                raise GuestError(f"inode {inode} is encrypted")
+            if data is not None and any(int(run.flags) & _FILLER for run in data):
+                raise GuestError(f"inode {inode} is damaged: the places of a part of it are missing")
 
     def _ext_link(self, inode: Inode) -> bytes:
         if not st.S_ISLNK(inode.mode):
@@ -238,11 +279,7 @@ class TskFileSystem:
             raise GuestError(f"symbolic link {inode.number} is damaged: its target is {inode.size} bytes long")
         if inode.size < len(inode.block) and not inode.flags & INLINE_FLAG:
             return inode.block[: inode.size]
-        file = self._open(inode.number)
-        try:
-            target = bytes(file.read_random(0, inode.size))
-        except OSError as e:
-            raise GuestError(f"symbolic link {inode.number} can't be read: {_words(e)}") from e
+        target = bytes(self._open(inode.number).read_random(0, inode.size))
         if len(target) != inode.size:
             raise GuestError(f"symbolic link {inode.number} is damaged")
         return target
@@ -337,11 +374,8 @@ def _data(file: Any) -> Any:
 
 def _content(file: Any, attribute: Any, length: int) -> bytes:
     size = min(length, int(attribute.info.size))
-    try:
-        return bytes(file.read_random(0, size, attribute.info.type, attribute.info.id)) if size else b""
-    except OSError as e:
-        raise GuestError(f"an attribute can't be read: {_words(e)}") from e
+    return bytes(file.read_random(0, size, attribute.info.type, attribute.info.id)) if size else b""
 
 
-def _words(error: OSError) -> str:
+def _words(error: Exception | None) -> str:
     return " ".join(str(error).split())[:500]
