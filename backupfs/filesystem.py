@@ -85,3 +85,13 @@ class FileSystem(Protocol):
 
     def close(self) -> None:
         """Let it go."""
+
+
+def printable(name: bytes) -> str:
+    """Return a guest's name for a terminal: what is not printable is written as an escape."""
+    return shown(name.decode(errors="backslashreplace"))
+
+
+def shown(text: str) -> str:
+    """Return words that may come from a guest for a terminal, as `printable`."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

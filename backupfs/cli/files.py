@@ -12,10 +12,10 @@ import click
 from backupfs.cli.options import json_option, open_repository, repository_option
 from backupfs.cli.output import print_json, print_json_list, print_table, tell
 from backupfs.errors import BackupfsError, GuestError, NotFound, UsageError
-from backupfs.filesystem import FileSystem, Stat
+from backupfs.filesystem import FileSystem, Stat, printable, shown
 from backupfs.repository import names
 from backupfs.repository.repository import Repository
-from backupfs.services.guest_path import GuestPath, look_up, open_volume, parse_inside, parse_path, printable
+from backupfs.services.guest_path import GuestPath, look_up, open_volume, parse_inside, parse_path
 from backupfs.units import format_size
 
 _WHERE = "VM/POINT/DISK:[VOLUME]/PATH"
@@ -102,17 +102,17 @@ def _list_volumes(repository: Repository, where: GuestPath, as_json: bool) -> No
     if as_json:
         print_json([{"volume": v.name, "size": v.size, "kind": v.kind, "problem": v.problem} for v in volumes])
     elif volumes:
-        shown: list[tuple[str, ...]] = [("VOLUME", "SIZE", "KIND", "PROBLEM")]
+        table: list[tuple[str, ...]] = [("VOLUME", "SIZE", "KIND", "PROBLEM")]
         for v in volumes:
-            shown.append((v.name, format_size(v.size), v.kind or "", printable((v.problem or "").encode())))
-        print_table(shown)
+            table.append((v.name, format_size(v.size), v.kind or "", shown(v.problem or "")))
+        print_table(table)
     for problem in problems:
-        tell(printable(problem.encode(errors="backslashreplace")))
+        tell(shown(problem))
 
 
 def _say_notes(system: FileSystem) -> None:
     for note in system.notes:
-        tell(f"{system.kind}: {printable(note.encode())}")
+        tell(f"{system.kind}: {note}")
 
 
 @click.command(epilog="Example: backupfs cp web01/latest/vda:/etc/hosts web01/latest/vda:/root .")
@@ -145,11 +145,11 @@ def cp(sources: tuple[str, ...], target: str, force: bool, as_json: bool) -> Non
                 _say_notes(system)
                 found = look_up(system, path.path)
                 folder, name = _place(path, found, target, only=len(paths) == 1)
-                service.copy(system, found, folder, name, force, report, _Progress())
+                service.copy(system, found, folder, name, force=force, report=report, progress=_Progress())
     if sys.stderr.isatty():
         click.echo("\r\x1b[K", nl=False, err=True)
     for where, what in report.failed:
-        tell(f"{where}: {printable(what.encode(errors='backslashreplace'))}")
+        tell(f"{where}: {shown(what)}")
     if as_json:
         failed = [{"path": where, "error": what} for where, what in report.failed]
         print_json({**vars(report), "failed": failed})
@@ -252,7 +252,7 @@ def _short(s: Stat | None) -> dict[str, Any]:
 
 def _complain(problems: list[Any]) -> None:
     for problem in problems:
-        tell(f"{problem.where}: {printable(problem.what.encode(errors='backslashreplace'))}")
+        tell(f"{problem.where}: {shown(problem.what)}")
     if problems:
         raise GuestError(f"{len(problems)} of what was to be looked at could not be read")
 
@@ -270,7 +270,9 @@ def history(vm: str, path: str, as_json: bool) -> None:
     with open_repository() as repository:
         disk, volume, inside = parse_inside(path)
         try:
-            found = list(service.history(repository, names.check_name(vm, "VM"), disk, volume, inside, problems.append))
+            found = list(
+                service.history(repository, names.check_name(vm, "VM"), disk, volume, inside, complain=problems.append)
+            )
         except NotFound:
             _complain(problems)
             raise

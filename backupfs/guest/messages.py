@@ -7,6 +7,7 @@ disk that it reads: types are checked here, and numbers by who uses them.
 
 import socket
 import struct
+import time
 
 import msgspec
 
@@ -107,24 +108,32 @@ def send(line: socket.socket, message: FromChild | FromParent) -> None:
     line.sendall(body)
 
 
-def receive(line: socket.socket) -> bytearray:
+def receive(line: socket.socket, deadline: float | None = None) -> bytearray:
     """Return the next message, not decoded.
+
+    Args:
+        deadline: when all of it has to be there, as time.monotonic counts; None: whenever.
 
     Raises:
         EOFError: there is none any more.
         ValueError: it is too long.
         OSError: TimeoutError among them.
     """
-    (length,) = _LENGTH.unpack(_receive(line, _LENGTH.size))
+    (length,) = _LENGTH.unpack(_receive(line, _LENGTH.size, deadline))
     if length > LARGEST:
         raise ValueError(f"a message of {length} bytes")
-    return _receive(line, length)
+    return _receive(line, length, deadline)
 
 
-def _receive(line: socket.socket, length: int) -> bytearray:
+def _receive(line: socket.socket, length: int, deadline: float | None) -> bytearray:
     buffer = bytearray(length)
     view, done = memoryview(buffer), 0
     while done < length:
+        if deadline is not None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("no answer in time")
+            line.settimeout(left)
         got = line.recv_into(view[done:])
         if not got:
             raise EOFError("the other end is gone")

@@ -5,22 +5,26 @@ opened without following links; no device is made, and nothing becomes setuid.
 """
 
 import contextlib
+import errno
 import os
+import secrets
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from backupfs.errors import BackupfsError, GuestError, TargetError
-from backupfs.filesystem import FileSystem, Stat
-from backupfs.services.guest_path import DEEPEST, printable
+from backupfs.filesystem import FileSystem, Stat, printable
+from backupfs.services.guest_path import DEEPEST
 from backupfs.units import MiB
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _PIECE = MiB
 _DANGEROUS = stat.S_ISUID | stat.S_ISGID
+_ACLS = b"system.posix_acl_"
 _CAPABILITIES = b"security.capability"
+_FOR_ALL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # the next file would meet the same
 
 
 @dataclass
@@ -46,8 +50,8 @@ class Report:
 Progress = Callable[[Report], None]
 
 
-def copy(  # noqa: PLR0917
-    system: FileSystem, source: Stat, target: str, name: str, force: bool, report: Report, progress: Progress
+def copy(
+    system: FileSystem, source: Stat, target: str, name: str, *, force: bool, report: Report, progress: Progress
 ) -> None:
     """Copy a file or folder.
 
@@ -57,7 +61,7 @@ def copy(  # noqa: PLR0917
         force: replace files that are there and differ.
 
     Raises:
-        TargetError: the target can't be written to at all.
+        TargetError: the target can't be written to at all, or is full.
     """
     try:
         root = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -108,6 +112,8 @@ class _Copier:
         except BackupfsError as e:
             self._report.failed.append((printable(path + name), str(e)))
         except OSError as e:
+            if e.errno in _FOR_ALL:
+                raise TargetError(f"{printable(path + name)}: {e.strerror}; the same command goes on from here") from e
             self._report.failed.append((printable(path + name), e.strerror or str(e)))
         self._progress(self._report)
 
@@ -142,9 +148,7 @@ class _Copier:
     @contextlib.contextmanager
     def _temporary(self, folder: int, name: bytes) -> Iterator[bytes]:
         """Give a name for what is being made; afterwards it is in its place, or gone."""
-        temporary = b".backupfs-%d.part" % os.getpid()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary, dir_fd=folder)
+        temporary = b".backupfs-%s.part" % secrets.token_hex(8).encode()  # no name that a guest could have chosen
         try:
             yield temporary
             os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
@@ -214,15 +218,12 @@ class _Copier:
                 kept = False
         mode = stat.S_IMODE(source.mode)
         dangerous = bool(mode & _DANGEROUS) and not stat.S_ISDIR(source.mode)
-        os.fchmod(file, mode & ~_DANGEROUS if dangerous else mode)
-        for key, value in self._system.xattrs(source.inode).items() if source.has_xattrs else ():
-            if key == _CAPABILITIES:
-                dangerous = True
-                continue
-            try:
-                os.setxattr(file, key, value)
-            except OSError:
-                kept = False
+        xattrs = self._system.xattrs(source.inode) if source.has_xattrs else {}
+        dangerous |= xattrs.pop(_CAPABILITIES, None) is not None
+        # An owner who may not write the file can't set xattrs either, so the mode comes after them; an ACL after that.
+        kept &= _set_xattrs(file, {k: v for k, v in xattrs.items() if not k.startswith(_ACLS)})
+        os.fchmod(file, mode if stat.S_ISDIR(source.mode) else mode & ~_DANGEROUS)
+        kept &= _set_xattrs(file, {k: v for k, v in xattrs.items() if k.startswith(_ACLS)})
         os.utime(file, ns=(source.atime_ns, source.mtime_ns))
         self._report.harmless += dangerous
         self._report.attributes += not kept
@@ -233,6 +234,17 @@ def _status(folder: int, name: bytes) -> os.stat_result | None:
         return os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
         return None
+
+
+def _set_xattrs(file: int, xattrs: Mapping[bytes, bytes]) -> bool:
+    """Set extended attributes; return whether all of them could be."""
+    kept = True
+    for key, value in xattrs.items():
+        try:
+            os.setxattr(file, key, value)
+        except OSError:
+            kept = False
+    return kept
 
 
 def _write_all(file: int, data: bytes, offset: int) -> None:

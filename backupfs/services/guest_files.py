@@ -21,6 +21,7 @@ class GuestVolume:
         size: bytes.
         kind: of what is on it, for people; None: nothing that is known.
         problem: why its files can't be read; None: they can.
+        unreadable: the disk below is to blame for that: what is on it nobody knows.
     """
 
     def __init__(self, volume: Volume, images: Callable[[], dict[str, Image]], crew: Crew) -> None:
@@ -29,21 +30,18 @@ class GuestVolume:
         self._volume = volume
         self._images = images
         self._crew = crew
+        self.unreadable = False
         self._found = self._look()
         self.kind = self._found.kind or None
         self.problem = self._found.problem
 
     def _look(self) -> Found:
         try:
-            volume = self._open_image()
+            with _closing(self._open_image()) as volume:
+                return detect(volume)
         except BackupfsError as e:
+            self.unreadable = True
             return Found(None, "", f"it can't be read: {e}")
-        try:
-            return detect(volume)
-        except BackupfsError as e:
-            return Found(None, "", f"it can't be read: {e}")
-        finally:
-            volume.close()
 
     def _open_image(self) -> Image:
         images = self._images()
@@ -71,11 +69,13 @@ class GuestFiles:
     Attributes:
         volumes: by name, in order.
         problems: what can't be shown, and why, a line each.
+        complete: whether all could be read that had to be looked at. If not, there may be more volumes.
     """
 
-    def __init__(self, volumes: Mapping[str, GuestVolume], problems: tuple[str, ...]) -> None:
+    def __init__(self, volumes: Mapping[str, GuestVolume], problems: tuple[str, ...], *, complete: bool) -> None:
         self.volumes = volumes
         self.problems = problems
+        self.complete = complete
 
 
 def find_files(disks: Mapping[str, Callable[[], Image]], disk: str, crew: Crew) -> GuestFiles:
@@ -90,12 +90,14 @@ def find_files(disks: Mapping[str, Callable[[], Image]], disk: str, crew: Crew) 
     """
     with ExitStack() as stack:
         images: dict[str, Image] = {}
+        opened_all = True
         for name, opener in disks.items():
             try:
                 images[name] = stack.enter_context(_closing(opener()))
             except BackupfsError:
                 if name == disk:
-                    raise  # another one may be missed by a volume, which says so
+                    raise
+                opened_all = False  # a volume may lie on it, too
         division = scan(images)[disk]
     volumes = {}
     for volume in division.volumes:
@@ -104,7 +106,7 @@ def find_files(disks: Mapping[str, Callable[[], Image]], disk: str, crew: Crew) 
             return {needed: disks[needed]() for needed in volume.disks}
 
         volumes[volume.name] = GuestVolume(volume, open_disks, crew)
-    return GuestFiles(volumes, division.problems)
+    return GuestFiles(volumes, division.problems, complete=division.complete and opened_all)
 
 
 @contextmanager

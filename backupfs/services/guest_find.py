@@ -9,12 +9,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from backupfs.errors import BackupfsError, NotFound
+from backupfs.errors import BackupfsError, GuestError, NotFound
 from backupfs.filesystem import FileSystem, Stat
 from backupfs.repository.repository import Repository
 from backupfs.services.diff import differences
 from backupfs.services.guest_files import open_point
-from backupfs.services.guest_path import GuestPath, look_up, open_volume, walk
+from backupfs.services.guest_path import GuestPath, choose, look_up, walk
 from backupfs.units import MiB
 
 _Found = dict[tuple[str, bytes], Stat]  # (volume, path)
@@ -54,7 +54,7 @@ def find(
                 if before_point and not any(differences(repository, (vm, before_point), (vm, point), name)):
                     found = before
                 else:
-                    found = _look(repository, vm, point, name, matches, before, complain)
+                    found = _look(repository, vm, point, name, matches, before=before, complain=complain)
             except BackupfsError as e:
                 complain(Problem(f"{vm}/{point}/{name}", str(e)))
                 continue
@@ -75,28 +75,36 @@ def _disks(
         return []
 
 
-def _look(  # noqa: PLR0917
+def _look(
     repository: Repository,
     vm: str,
     point: str,
     disk: str,
     matches: Callable[[bytes], bool],
+    *,
     before: _Found,
     complain: Callable[[Problem], None],
 ) -> _Found:
     """Return what matches on a disk. What can't be read is as it was before."""
     found: _Found = {}
     with open_point(repository, vm, point, disk) as files:
+        unknown = set[str]()
+        if not files.complete:
+            complain(Problem(f"{vm}/{point}/{disk}", "; ".join(files.problems) or "a disk can't be read"))
+            unknown |= {volume for volume, _ in before} - files.volumes.keys()
         for volume in files.volumes.values():
-            if volume.problem is not None:
-                continue
+            where = f"{vm}/{point}/{disk}:{volume.name}"
             try:
-                with closing(volume.open()) as system:
-                    root = system.stat(system.root)
-                    found |= {(volume.name, path): s for path, s in walk(system, root) if matches(path)}
+                if volume.unreadable:
+                    raise GuestError(str(volume.problem))
+                if volume.problem is None:
+                    with closing(volume.open()) as system:
+                        root = system.stat(system.root)
+                        found |= {(volume.name, path): s for path, s in walk(system, root) if matches(path)}
             except BackupfsError as e:
-                complain(Problem(f"{vm}/{point}/{disk}:{volume.name}", str(e)))
-                found |= {key: s for key, s in before.items() if key[0] == volume.name}
+                complain(Problem(where, str(e)))
+                unknown.add(volume.name)
+        found |= {key: s for key, s in before.items() if key[0] in unknown}
     return found
 
 
@@ -121,8 +129,8 @@ def _matcher(pattern: str) -> Callable[[bytes], bool]:
     return lambda path: compiled.match(path.rpartition(b"/")[2]) is not None
 
 
-def history(  # noqa: PLR0917
-    repository: Repository, vm: str, disk: str, volume: str, path: bytes, complain: Callable[[Problem], None]
+def history(
+    repository: Repository, vm: str, disk: str, volume: str, path: bytes, *, complain: Callable[[Problem], None]
 ) -> Iterator[dict[str, Any]]:
     """Yield the versions of a file: `first` and `last` point that have it so, and `stat` and `sha256` (of a file, else
     None), or None for both where it is not there. Raises NotFound: no point has it."""
@@ -169,12 +177,20 @@ def _same(held: dict[str, Any], found: Stat | None, digest: str | None) -> bool:
 
 
 def _version(repository: Repository, path: GuestPath) -> tuple[Stat | None, str | None]:
-    try:
-        with open_volume(repository, path) as system:
-            found = look_up(system, path.path)
-            return found, _digest(system, found) if stat.S_ISREG(found.mode) else None
-    except NotFound:
+    if repository.manifest(path.vm, path.point).disk(path.disk) is None:
         return None, None
+    where = f"{path.vm}/{path.point}/{path.disk}"
+    with open_point(repository, path.vm, path.point, path.disk) as files:
+        try:
+            volume = choose(files, where, path.volume)
+        except NotFound:
+            return None, None
+        with closing(volume.open()) as system:
+            try:
+                found = look_up(system, path.path)
+            except NotFound:
+                return None, None
+            return found, _digest(system, found) if stat.S_ISREG(found.mode) else None
 
 
 def _digest(system: FileSystem, file: Stat) -> str:
@@ -182,7 +198,7 @@ def _digest(system: FileSystem, file: Stat) -> str:
     while offset < file.size:
         piece = system.read(file.inode, offset, MiB)
         if not piece:
-            break
+            raise GuestError(f"the file ends at {offset}, not at {file.size}")
         digest.update(piece)
         offset += len(piece)
     return digest.hexdigest()

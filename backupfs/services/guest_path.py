@@ -6,7 +6,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from backupfs.errors import GuestError, NotFound, UsageError
-from backupfs.filesystem import FileSystem, Stat
+from backupfs.filesystem import FileSystem, Stat, printable
 from backupfs.repository import names
 from backupfs.repository.repository import Repository
 from backupfs.services import points
@@ -61,6 +61,10 @@ def choose(files: GuestFiles, where: str, volume: str) -> GuestVolume:
     """
     listed = ", ".join(f"{v.name} ({v.kind or 'unknown'})" for v in files.volumes.values()) or "none"
     if volume:
+        if volume not in files.volumes and not files.complete:
+            raise GuestError(
+                f"{where}: whether there is a volume {volume!r} can't be read: {'; '.join(files.problems)}"
+            )
         if volume not in files.volumes:
             raise NotFound(f"{where} has no volume {volume!r}; there are: {listed}")
         return files.volumes[volume]
@@ -134,9 +138,3 @@ def walk(system: FileSystem, root: Stat) -> Iterator[tuple[bytes, Stat]]:
             if stat.S_ISDIR(entry.stat.mode) and entry.stat.inode not in above and len(above) < DEEPEST:
                 inner.append((inside, entry.stat, (*above, entry.stat.inode)))
         waiting += reversed(inner)
-
-
-def printable(name: bytes) -> str:
-    """Return a guest's name for a terminal: what is not printable is written as an escape."""
-    text = name.decode(errors="backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -15,12 +15,13 @@ import msgspec
 
 from backupfs.errors import BackupfsError, ConnectError, GuestError, NotFound
 from backupfs.extents import Extent
-from backupfs.filesystem import Entry, Stat
+from backupfs.filesystem import Entry, Stat, shown
 from backupfs.guest import messages
 from backupfs.image import Image
 from backupfs.sources.child import Child
 
-_DEADLINE_S = 10.0  # for the parser's own work on a call; what the disk takes is not counted
+# For the parser's own work on a call; what the disk takes is not counted. To open one may be to replay a journal.
+_DEADLINE_S, _OPENING_S = 10.0, 120.0
 _IDLE_S = 60.0
 _MOST = 8  # processes at a time; the one that was idle for longest goes first
 T = TypeVar("T")
@@ -180,7 +181,7 @@ class GuestFileSystem:
         if not isinstance(opened, messages.Opened):
             self._stop()
             raise GuestError(f"{self._name}: nonsense was answered")
-        self.root, self.notes = opened.root, tuple(note[:1000] for note in opened.notes[:100])
+        self.root, self.notes = opened.root, tuple(shown(note[:1000]) for note in opened.notes[:100])
         self._wait_for_idleness()
 
     def _stop(self) -> str:
@@ -221,27 +222,27 @@ class GuestFileSystem:
         line, volume = self._line, self._volume
         assert line is not None
         self._crew.note(self)
-        left = _DEADLINE_S
+        allowed_s = _OPENING_S if isinstance(question, messages.Order) else _DEADLINE_S
         try:
-            begun = time.monotonic()
-            line.settimeout(left)
+            deadline = time.monotonic() + allowed_s
+            line.settimeout(allowed_s)
             messages.send(line, question)
             while True:
-                said: messages.FromChild = messages.from_child.decode(messages.receive(line))
-                left -= time.monotonic() - begun
+                said: messages.FromChild = messages.from_child.decode(messages.receive(line, deadline))
                 if not isinstance(said, messages.Need):
                     break
-                part = _part(volume, said)
                 begun = time.monotonic()
-                line.settimeout(max(left, 0.001))
+                part = _part(volume, said)
+                deadline += time.monotonic() - begun
+                line.settimeout(max(deadline - time.monotonic(), 0.001))
                 messages.send(line, part)
         except TimeoutError as e:
             self._stop()
-            raise GuestError(f"{self._name}: reading its {self.kind} took longer than {_DEADLINE_S:.0f} s") from e
+            raise GuestError(f"{self._name}: reading its {self.kind} took longer than {allowed_s:.0f} s") from e
         except (EOFError, OSError) as e:
             words = self._stop().splitlines()
             raise GuestError(
-                f"{self._name}: what reads its {self.kind} died{': ' if words else ''}{''.join(words[-1:])}"
+                f"{self._name}: what reads its {self.kind} died{': ' if words else ''}{shown(''.join(words[-1:]))}"
             ) from e
         except (ValueError, msgspec.MsgspecError) as e:
             self._stop()
@@ -250,7 +251,7 @@ class GuestFileSystem:
             self._stop()  # its answer would come to the next question
             raise
         if isinstance(said, messages.Failed):
-            raise (NotFound if said.not_found else GuestError)(f"{self._name}: {said.message[:1000]}")
+            raise (NotFound if said.not_found else GuestError)(f"{self._name}: {shown(said.message[:1000])}")
         return said
 
 

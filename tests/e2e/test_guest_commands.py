@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from commands import backupfs, backupfs_json
+from commands import BACKUPFS, backupfs, backupfs_json
 from servers import run
 
 from backupfs.units import MiB
@@ -163,6 +163,41 @@ def test_what_can_not_be(repo: Path, tmp_path: Path) -> None:
         (("history", "web01", "/etc/hosts"), 2, "DISK:[VOLUME]/path"),
     ):
         assert said in backupfs(repo, *words, code=code), words
+
+
+def damage(repo: Path, content: bytes) -> None:
+    """Flip a byte of what the newest layer has stored as it is."""
+    layer = sorted(repo.rglob("*.layer"))[-1]
+    layer.chmod(0o600)
+    at = layer.read_bytes().index(content)
+    with layer.open("r+b") as file:
+        file.seek(at)
+        file.write(bytes([content[0] ^ 1]))
+
+
+def test_what_can_not_be_read_is_not_gone(tmp_path: Path, source: Path) -> None:
+    """The newest point has a damaged chunk: the superblock's, or the one with a folder in it."""
+    for name, place in (("superblock", slice(1024, 1100)), ("folder", None)):
+        repo = tmp_path / name
+        backupfs(repo, "init", "--codec", "none", "--chunk-size", "4KiB")
+        (source / "etc/hosts").write_text("old\n")
+        disk = ext4(tmp_path / "fs", source)
+        back_up(repo, BEFORE, disk)
+        (source / "etc/hosts").write_text("new one\n")
+        (source / "etc/another").write_text(name)
+        disk = ext4(tmp_path / "fs", source)
+        back_up(repo, AFTER, disk)
+        entry = disk.index(b"another") if place is None else 0
+        damage(repo, disk[place] if place else disk[entry - 8 : entry + 16])
+        words = "could not be read"
+        assert words in backupfs(repo, "find", "web01", "hosts", code=50)
+        command = [*BACKUPFS, "-r", repo, "find", "web01", "hosts", "--json"]
+        said = json.loads(subprocess.run(command, capture_output=True, check=False).stdout)
+        assert [p["change"] for found in said for p in found["points"]] == ["new"], name
+        assert words in backupfs(repo, "history", "web01", "vda:0/etc/hosts", code=50)
+        assert "read" in backupfs(repo, "ls", "web01/latest/vda:0/etc", code=50)
+        assert "read" in backupfs(repo, "cp", "web01/latest/vda:0/etc", tmp_path / f"out-{name}", code=50)
+        assert backupfs(repo, "cp", f"web01/{BEFORE}/vda:0/etc/hosts", "-") == "old\n"
 
 
 def test_several_volumes(tmp_path: Path, source: Path) -> None:

@@ -4,11 +4,14 @@ import os
 import random
 import shutil
 import signal
+import socket
 import stat
 import struct
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from servers import need, run
 
 from backupfs.errors import BackupfsError, GuestError, NotFound
 from backupfs.filesystem import FileSystem
+from backupfs.guest import messages
 from backupfs.guest.detect import detect
 from backupfs.guest.tsk import TskFileSystem
 from backupfs.services import guest_process
@@ -327,6 +331,46 @@ def test_a_process_that_hangs_is_killed(system: GuestFileSystem, monkeypatch: py
     assert not Path(f"/proc/{hanging}").exists()
     monkeypatch.undo()
     assert system.read(inode, 0, 7) == b"content"
+
+
+def test_a_process_that_asks_on_and_on_is_killed(system: GuestFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers each time before anybody waits long, a byte or a request for a part of the disk at a time."""
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(guest_process, "_DEADLINE_S", 0.3)
+    assert system._line is not None
+    system._line.close()
+    system._line = ours
+
+    def drip() -> None:
+        with suppress(OSError), theirs:
+            theirs.settimeout(5)
+            for _ in range(3):
+                messages.receive(theirs)
+                messages.send(theirs, messages.Need(0, 512))
+            for byte in struct.pack("<I", 1000) + bytes(1000):
+                theirs.send(bytes([byte]))
+                time.sleep(0.01)
+
+    dripping = threading.Thread(target=drip)
+    dripping.start()
+    with pytest.raises(GuestError, match="took longer"):
+        system.stat(system.root)
+    dripping.join(30)
+    assert not dripping.is_alive()
+    monkeypatch.undo()
+    assert system.stat(system.root).inode == system.root
+
+
+def test_what_a_process_says_does_nothing_to_a_terminal(system: GuestFileSystem) -> None:
+    ours, theirs = socket.socketpair()
+    assert system._line is not None
+    system._line.close()
+    system._line = ours
+    with theirs:
+        messages.send(theirs, messages.Failed(False, "\x1b[2J"))
+        with pytest.raises(GuestError) as caught:
+            system.stat(system.root)
+    assert str(caught.value) == "1: \\x1b[2J"
 
 
 def test_idle_processes_go_away(system: GuestFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Copying files that a guest made, into a folder of the host: whatever it made of them."""
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -8,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from backupfs.errors import GuestError, NotFound
+from backupfs.errors import GuestError, NotFound, TargetError
 from backupfs.extents import Extent
-from backupfs.filesystem import Entry, Stat
+from backupfs.filesystem import Entry, Stat, printable
 from backupfs.services import guest_path
 from backupfs.services.guest_copy import Report, copy
-from backupfs.services.guest_path import look_up, printable, walk
+from backupfs.services.guest_path import look_up, walk
 from backupfs.units import MiB
 
 TIME = 1_700_000_000_123_456_789
@@ -77,7 +78,7 @@ class FakeFiles:
 
 def copied(system: FakeFiles, target: Path, *, force: bool = False) -> Report:
     report = Report()
-    copy(system, system.stat(system.root), str(target), "", force, report, lambda _: None)
+    copy(system, system.stat(1), str(target), "", force=force, report=report, progress=lambda _: None)
     return report
 
 
@@ -194,8 +195,31 @@ def test_an_interruption_leaves_no_part(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        copy(system, system.stat(1), str(tmp_path), "", False, Report(), interrupt)
+        copy(system, system.stat(1), str(tmp_path), "", force=False, report=Report(), progress=interrupt)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_target_ends_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    system = FakeFiles()
+    for number in range(5):
+        system.add(1, b"%d" % number, 10 + number, content=b"x")
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(TargetError, match=r"^0: No space left"):
+        copied(system, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_named_as_a_part_is_a_file(tmp_path: Path) -> None:
+    system = FakeFiles()
+    name = b".backupfs-%d.part" % os.getpid()
+    system.add(1, name, 2, content=b"guest's")
+    system.add(1, b"other", 3, content=b"other")
+    assert copied(system, tmp_path).failed == []
+    assert {os.fsencode(p.name): p.read_bytes() for p in tmp_path.iterdir()} == {name: b"guest's", b"other": b"other"}
 
 
 def test_paths_and_links_on_the_way() -> None:
