@@ -13,7 +13,6 @@ import functools
 import itertools
 import logging
 import os
-import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar, TypeVarTuple, cast
@@ -21,8 +20,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, TypeVarTuple, cast
 import pyfuse3
 import trio
 
-from backupfs.errors import BackupfsError, Corrupt, NotFound
+from backupfs.errors import BackupfsError, NotFound
 from backupfs.fuse.catalogue import DiskFile, TextFile, Writable
+from backupfs.fuse.complaints import Complaints
 from backupfs.fuse.images import OpenImages
 from backupfs.fuse.lane import Lane
 from backupfs.fuse.tree import Attributes, Entry, Stale, Tree
@@ -36,7 +36,6 @@ Ts = TypeVarTuple("Ts")
 _CATALOGUE_CALLS = 8  # at once; the rest waits, reads do not
 _TASKS = 500  # requests that pyfuse3 works on at once: more than a hung image's readers are likely to be
 _XATTRS = b"user.backupfs."
-_COMPLAINTS = 20  # of one file
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,28 +45,6 @@ class _Opened:
     inode: int
     content: bytes | None
     writable: bool = False
-
-
-class Complaints:
-    """Logs what went wrong: each error of a file once, and only the first 20. A damaged disk must not fill a log."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._said: dict[str, set[object]] = {}
-
-    def say(self, subject: str, doing: str, error: Exception) -> None:
-        """Log that `doing` something to `subject` raised `error`. From any thread."""
-        where = (error.file, error.offset) if isinstance(error, Corrupt) else (type(error), str(error))
-        with self._lock:
-            said = self._said.setdefault(subject, set())
-            if where in said or len(said) >= _COMPLAINTS:
-                return
-            said.add(where)
-            last = len(said) == _COMPLAINTS
-        expected = isinstance(error, BackupfsError)
-        log.error("%s: %s failed: %s", subject, doing, error or repr(error), exc_info=None if expected else error)
-        if last:
-            log.error("%s: nothing more is logged about it", subject)
 
 
 def answers(

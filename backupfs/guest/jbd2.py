@@ -10,9 +10,8 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 
-from backupfs.guest.crc32c import crc32c, crc32c_each
+from backupfs.guest.crc32c import crc32c
 
 _MAGIC = 0xC03B3998
 _HEADER = struct.Struct(">3I")  # magic, type, sequence
@@ -25,7 +24,6 @@ _COMMIT_SIZE = 64  # struct commit_header
 _ESCAPED, _SAME_UUID, _LAST = 1, 2, 8  # a tag's flags
 _FAST_BLOCKS, _LEAST_BLOCKS = 256, 1024
 _FAST_HEAD = 9  # fs/ext4/fast_commit.h, EXT4_FC_TAG_HEAD
-_AT_ONCE = 512
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
@@ -114,11 +112,6 @@ class Journal:
         self.fast_commits = bool(self._incompat & _FAST) and self._fast_commits(end)
         return found
 
-    def content(self, logged: Logged) -> bytes:
-        """Return a block as it is to be written."""
-        content = self._read(logged.at)
-        return struct.pack(">I", _MAGIC) + content[4:] if logged.escaped else content
-
     # The log.
 
     def _scan(self) -> tuple[int, dict[int, int], list[tuple[int, Logged]]]:
@@ -201,30 +194,24 @@ class Journal:
 
     def _verified(self, records: Iterator[_Record]) -> Iterator[_Record]:
         """Set `intact` of each."""
-        while batch := list(islice(records, _AT_ONCE)):
+        for record in records:
             if self._checked:
-                blank = []
-                for record in batch:
-                    at = 16 if record.kind == COMMIT else self._block - 4
-                    blank.append(record.content[:at] + bytes(4) + record.content[at + 4 :])
-                for record, content, found in zip(batch, blank, crc32c_each(blank, self._seed), strict=True):
-                    at = 16 if record.kind == COMMIT else self._block - 4
-                    expected = struct.unpack_from(">I", record.content, at)[0]
-                    record.intact = found == expected or (
-                        record.kind == COMMIT
-                        and crc32c(content[:_COMMIT_SIZE] + bytes(self._block - _COMMIT_SIZE), self._seed) == expected
-                    )
-            yield from batch
+                at = 16 if record.kind == COMMIT else self._block - 4
+                blank = record.content[:at] + bytes(4) + record.content[at + 4 :]
+                expected = struct.unpack_from(">I", record.content, at)[0]
+                record.intact = crc32c(blank, self._seed) == expected or (
+                    record.kind == COMMIT
+                    and crc32c(blank[:_COMMIT_SIZE] + bytes(self._block - _COMMIT_SIZE), self._seed) == expected
+                )
+            yield record
 
     def _verify(self, blocks: list[Logged]) -> None:
         """Raise DamagedJournalError unless what is to be written matches its checksums."""
         mask = 0xFFFFFFFF if self._incompat & _CHECKSUM_3 else 0xFFFF
-        for first in range(0, len(blocks), _AT_ONCE):
-            batch = blocks[first : first + _AT_ONCE]
-            contents = [struct.pack(">I", logged.sequence) + self._read(logged.at) for logged in batch]
-            for logged, found in zip(batch, crc32c_each(contents, self._seed), strict=True):
-                if found & mask != logged.checksum:
-                    raise DamagedJournalError(f"block {logged.at} of it does not match its checksum")
+        for logged in blocks:
+            state = crc32c(struct.pack(">I", logged.sequence), self._seed)
+            if crc32c(self._read(logged.at), state) & mask != logged.checksum:
+                raise DamagedJournalError(f"block {logged.at} of it does not match its checksum")
 
     def _fast_commits(self, sequence: int) -> bool:
         """Say whether there is something that a fast commit added to the last transaction."""
