@@ -25,6 +25,7 @@ from reader import DISK, VM, Reader, places_of
 from repositories import add_point, read_point
 
 from backupfs.extents import Extent
+from backupfs.repository import codec
 from backupfs.repository.format import FENCE_ROWS, ROW, TRAILER_SIZE, round_up
 from backupfs.repository.layer import Layer
 from backupfs.repository.repository import Repository
@@ -66,6 +67,21 @@ def killed_at(step: int, work: Callable[[], object]) -> bool:
     _, status = os.waitpid(child, 0)
     assert status in (0, signal.SIGKILL), status
     return status != 0
+
+
+def alignment(layer: Layer) -> int:
+    """Return how many bytes lie free between payloads, because one that is stored as it is begins with a block."""
+    if layer.header.plain:
+        return 0
+    payloads = [row for rows in layer.rows() for row in rows.tolist() if row[ROW.names.index("codec")] != codec.ZERO]
+    at, size = ROW.names.index("offset"), ROW.names.index("length")
+    free, end = 0, 0
+    for row in sorted(payloads, key=lambda row: row[at]):
+        gap = row[at] - end if end else 0
+        assert 0 <= gap < BLOCK, "payloads lie side by side"
+        assert gap == 0 or row[at] % BLOCK == 0
+        free, end = free + gap, row[at] + row[size]
+    return free
 
 
 class Keeping(RuleBasedStateMachine):
@@ -214,7 +230,7 @@ class Keeping(RuleBasedStateMachine):
             else:
                 count = rows[path.parent.name, int(path.stem)] + trailer.rows - trailer.data_chunks
             table = count * ROW.itemsize + 8 * -(-count // FENCE_ROWS) + TRAILER_SIZE
-            fixed += BLOCK + BLOCK + round_up(table, BLOCK)
+            fixed += BLOCK + BLOCK + round_up(table, BLOCK) + alignment(layer)
         assert sum(n for _, _, _, n in places) == visible
         assert kept - fixed <= 1.05 * visible
 
