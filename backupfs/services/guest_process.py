@@ -177,10 +177,13 @@ class GuestFileSystem:
             ours.close()
             raise
         self._line = ours
-        opened = self._call(self._order)
-        if not isinstance(opened, messages.Opened):
+        try:
+            opened = self._call(self._order)
+            if not isinstance(opened, messages.Opened):
+                raise GuestError(f"{self._name}: nonsense was answered")
+        except BaseException:
             self._stop()
-            raise GuestError(f"{self._name}: nonsense was answered")
+            raise
         self.root, self.notes = opened.root, tuple(shown(note[:1000]) for note in opened.notes[:100])
         self._wait_for_idleness()
 

@@ -150,6 +150,8 @@ def differences(system: FileSystem, root: Path, *ignored: str) -> list[str]:
 def open_image(path: Path) -> GuestFileSystem:
     image = FileImage(path)
     found = detect(image)
+    if found.family is None:
+        image.close()
     assert found.family is not None, found
     return GuestFileSystem("1", image, found.family, found.kind, Crew())
 
@@ -391,6 +393,16 @@ def test_idle_processes_go_away(system: GuestFileSystem, tmp_path: Path, monkeyp
         assert system._timer is not None
         system._timer.join(10)
     assert look(system, "file")
+
+
+def test_one_that_can_not_be_opened_leaves_no_process(tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(bytes(MiB))
+    crew = Crew()
+    threads = threading.active_count()
+    with pytest.raises(GuestError, match="can't be opened"):
+        GuestFileSystem("1", FileImage(tmp_path / "disk"), "ntfs", "ntfs", crew)
+    assert threading.active_count() == threads, "each process has a thread that waits for it"
+    assert crew._working == {}
 
 
 def test_what_is_not_there(system: GuestFileSystem) -> None:
