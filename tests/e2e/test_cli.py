@@ -4,6 +4,7 @@ import json
 import os
 import random
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,14 @@ def test_an_interrupt_while_modules_are_loaded(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([*BACKUPFS, "points"], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_an_interrupt_while_a_string_is_executed(tmp_path: Path) -> None:
+    program = "from backupfs import cli\ncli.cli = lambda **_: exec('raise KeyboardInterrupt')\ncli.main()\n"
+    (tmp_path / "interrupted.py").write_text(program)
+    command = [sys.executable, "-m", "interrupted"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "backupfs: interrupted; nothing is left half published\n")
 
 
 @pytest.mark.parametrize(
