@@ -113,7 +113,7 @@ class Libvirt:
         """Kill libvirtd, not its domains, and wait until it is there again; `change` is called while it is stopped."""
         self.connection.close()
         daemon = self._child(b"libvirtd")
-        os.kill(daemon, signal.SIGSTOP)
+        servers.freeze(daemon)
         change()
         os.kill(daemon, signal.SIGKILL)
         while self._child_or_none(b"libvirtd") in (daemon, None):

@@ -43,6 +43,23 @@ def run(*command: str | Path | bytes) -> str:
     return done.stdout.decode()
 
 
+def freeze(pid: int) -> None:
+    """Stop a process; none of its threads does anything any more when this returns.
+
+    A signal that was sent is not one that came: a thread on another processor goes on for a moment.
+    """
+    os.kill(pid, signal.SIGSTOP)
+    deadline = time.monotonic() + 20
+    while not all(_is_stopped(task) for task in Path(f"/proc/{pid}/task").iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def _is_stopped(task: Path) -> bool:
+    # proc(5), /proc/PID/stat: the state is behind the name in brackets.
+    return (task / "stat").read_text().rpartition(") ")[2].startswith("T")
+
+
 @contextmanager
 def nbdkit(*arguments: str, options: Sequence[str] = ()) -> Iterator[Server]:
     """Run nbdkit with a plugin and its parameters; `options` come before the plugin's name."""

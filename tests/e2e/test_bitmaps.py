@@ -239,7 +239,7 @@ def test_a_source_that_stops_answering(repo: Path) -> None:
 def test_a_second_backup_waits_or_is_refused(repo: Path) -> None:
     command = [*BACKUPFS, "-r", str(repo), "backup", "web01"]
     with servers.nbdkit("pattern", "size=64M") as server:
-        server.process.send_signal(signal.SIGSTOP)
+        servers.freeze(server.process.pid)
         first = subprocess.Popen([*command, f"vda={server.uri}"], stdout=subprocess.DEVNULL)
         while "process" not in (repo / "lock").read_text():
             time.sleep(0.01)

@@ -14,6 +14,7 @@ from commands import BACKUPFS, backupfs, backupfs_json
 from domains import Web
 from libvirtd import wait_until
 from repositories import read_point
+from servers import freeze
 
 from backupfs.repository.repository import Repository
 
@@ -128,7 +129,7 @@ def test_an_interrupt_in_the_middle(web: Web, repo: Path, sent: signal.Signals) 
 def test_an_interrupt_while_libvirtd_hangs(web: Web, repo: Path) -> None:
     web.start()
     daemon = web.daemon.daemon()
-    os.kill(daemon, signal.SIGSTOP)
+    freeze(daemon)
     try:
         process = subprocess.Popen([*BACKUPFS, "-r", str(repo), *words(web)], stderr=subprocess.PIPE, text=True)
         wait_until(lambda: "process" in (repo / "lock").read_text())

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from images import FileImage
-from servers import need, run
+from servers import freeze, need, run
 
 from backupfs.errors import BackupfsError, GuestError, NotFound
 from backupfs.filesystem import FileSystem
@@ -327,7 +327,7 @@ def test_a_process_that_dies_costs_one_call_at_most(system: GuestFileSystem) -> 
 def test_a_process_that_hangs_is_killed(system: GuestFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
     inode, hanging = look(system, "file"), pid(system)
     monkeypatch.setattr(guest_process, "_DEADLINE_S", 0.5)
-    os.kill(hanging, signal.SIGSTOP)
+    freeze(hanging)
     with pytest.raises(GuestError, match="took longer"):
         system.stat(inode)
     assert not Path(f"/proc/{hanging}").exists()

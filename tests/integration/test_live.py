@@ -16,7 +16,7 @@ import pytest
 from exports import Export, readers_of, talker
 from fakenbd import Lies, lying_server
 from mounts import wait_until
-from servers import nbdkit, need, run, storage_daemon
+from servers import freeze, nbdkit, need, run, storage_daemon
 
 from backupfs.errors import ConnectError, ProtocolError, SourceError, UsageError
 from backupfs.extents import Extent
@@ -360,7 +360,7 @@ def test_a_stopped_server_and_its_awakening(export: Export) -> None:
     export.start()
     with live(export.uri, 1.0) as disk:
         shown = disk.open()
-        export.signal(signal.SIGSTOP)
+        export.freeze()
         begun = time.monotonic()
         with pytest.raises(ConnectError, match="no answer"):
             read(shown, 0, MiB)
@@ -370,7 +370,7 @@ def test_a_stopped_server_and_its_awakening(export: Export) -> None:
         begun = time.monotonic()
         disk.look()
         assert time.monotonic() - begun < 0.5
-        export.signal(signal.SIGCONT)
+        export.thaw()
         time.sleep(1.1)  # it is not tried more often than once a second
         assert read(disk.open(), 0, 4 * MiB) == data
 
@@ -395,7 +395,7 @@ def test_a_stopped_child_is_killed(export: Export) -> None:
     with live(export.uri, 1.0) as disk:
         shown = disk.open()
         (child,) = readers_of(os.getpid())
-        os.kill(child, signal.SIGSTOP)
+        freeze(child)
         with pytest.raises(ConnectError, match="no answer"):
             read(shown, 0, MiB)
         assert readers_of(os.getpid()) == set()
@@ -406,7 +406,7 @@ def test_closing_ends_what_waits(export: Export) -> None:
     export.start()
     with live(export.uri, 60) as disk, ThreadPoolExecutor(4) as pool:
         shown = disk.open()
-        export.signal(signal.SIGSTOP)
+        export.freeze()
         futures = [pool.submit(read, shown, i * MiB, MiB) for i in range(4)]
         time.sleep(0.2)
         disk.close()

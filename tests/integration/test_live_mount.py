@@ -222,7 +222,7 @@ def test_a_server_that_hangs_hurts_nobody_else(live: LiveMount) -> None:
     live.db.start()
     live.mount()
     assert pread(live.web_disk, 10, 0) == data[:10]
-    live.web.signal(signal.SIGSTOP)
+    live.web.freeze()
     begun = time.monotonic()
     with ThreadPoolExecutor(40) as pool:
         hung = [pool.submit(pread, live.web_disk, 4096, (i + 1) * MiB) for i in range(40)]
@@ -239,7 +239,7 @@ def test_a_server_that_hangs_hurts_nobody_else(live: LiveMount) -> None:
         assert all(isinstance(f.exception(), OSError) and f.exception().errno == errno.EIO for f in hung)  # type: ignore[union-attr]
     assert 8 < took < 15
     assert slowest < 4
-    live.web.signal(signal.SIGCONT)
+    live.web.thaw()
     wait_until(lambda: readable(live.web_disk), 15)
     assert Path(live.web_disk).read_bytes() == data
 
@@ -288,7 +288,7 @@ def test_no_child_is_left(live: LiveMount, how: str) -> None:
         service.unmount(live.path)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     else:
-        live.web.signal(signal.SIGSTOP)
+        live.web.freeze()
         reader = subprocess.Popen(["cat", live.web_disk], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_until(lambda: Path(f"/proc/{reader.pid}/wchan").exists() and reader.poll() is None)
         time.sleep(0.3)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from fakenbd import Lies, lying_server
-from servers import Server, nbdkit, need, qemu_nbd, run, storage_daemon
+from servers import Server, freeze, nbdkit, need, qemu_nbd, run, storage_daemon
 
 from backupfs.errors import ConnectError, ProtocolError, UsageError
 from backupfs.extents import Extent
@@ -117,7 +117,7 @@ def test_a_stopped_server_is_told_from_a_slow_one() -> None:
     with nbdkit("memory", "8M", "rdelay=150ms", options=["--filter=delay"]) as server:
         source = open_source(server.uri, timeout_s=0.5)
         assert sum(len(part) for _, part in source.read_many([(o, KiB) for o in range(0, MiB, 16 * KiB)])) == 64 * KiB
-        os.kill(server.process.pid, signal.SIGSTOP)
+        freeze(server.process.pid)
         with pytest.raises(ConnectError, match="no answer"):
             list(source.status(0, 8 * MiB))
         source.close()
@@ -125,7 +125,7 @@ def test_a_stopped_server_is_told_from_a_slow_one() -> None:
 
 def test_a_handshake_that_never_ends() -> None:
     with nbdkit("memory", "8M") as server:
-        os.kill(server.process.pid, signal.SIGSTOP)
+        freeze(server.process.pid)
         began = time.monotonic()
         with pytest.raises(ConnectError, match="no answer"):
             open_source(server.uri, timeout_s=0.3)

@@ -18,6 +18,7 @@ import pytest
 from commands import BACKUPFS, backupfs
 from mounts import AS_NOBODY, choose_lane, fails_with, let_in, needs_fuse, process_of, unmount_all, wait_until
 from repositories import add_point
+from servers import freeze
 
 from backupfs.errors import Corrupt, MountError
 from backupfs.extents import Extent
@@ -82,9 +83,8 @@ class Place:
         """Return 4 KiB of an open file that the kernel reads while the mount's process is stopped, None if it can't."""
         found: list[bytes] = []
         pid = self.process()
-        os.kill(pid, signal.SIGSTOP)
         try:
-            wait_until(lambda: all(is_stopped(task) for task in Path(f"/proc/{pid}/task").iterdir()))
+            freeze(pid)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # what the kernel keeps of a mount's file
             thread = threading.Thread(target=lambda: found.append(os.pread(fd, 4 * KiB, offset)))
             thread.start()
@@ -107,11 +107,6 @@ class Place:
     def expect_passthrough(self, point: str) -> None:
         # The kernel tells of a file's end when it was closed, not before: so maybe not the next time that it is opened.
         wait_until(lambda: self.is_passed_through(point), 20)
-
-
-def is_stopped(task: Path) -> bool:
-    """Whether a thread stands still. Source: proc(5), /proc/PID/stat: the state is behind the name in brackets."""
-    return (task / "stat").read_text().rpartition(") ")[2].startswith("T")
 
 
 @contextlib.contextmanager

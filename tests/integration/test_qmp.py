@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from guest import GuestDisk, machine
 from moments import Chain, assert_clean
-from servers import run
+from servers import freeze, run
 
 from backupfs.errors import ConnectError, Locked, NotFound, ProtocolError, SourceError, UsageError
 from backupfs.sources import scratch
@@ -136,7 +136,7 @@ def test_a_monitor_that_hangs_and_comes_back(disk: GuestDisk) -> None:
         assert monitor.pid == m.process.pid
         with pytest.raises(Refused, match="no-such-command"):
             monitor.execute("no-such-command")
-        os.kill(m.process.pid, signal.SIGSTOP)
+        freeze(m.process.pid)
         with pytest.raises(ConnectError, match="did not answer query-status within"):
             monitor.execute("query-status")
         began = time.monotonic()
@@ -221,7 +221,7 @@ def test_qemu_stands_still(disk: GuestDisk, chain: Chain, caplog: pytest.LogCapt
         m.write(disk, 0, 65536, 1)
         began = time.monotonic()
         with pytest.raises(SourceError):
-            chain.take(m, lambda moment: os.kill(m.process.pid, signal.SIGSTOP), timeout_s=1)
+            chain.take(m, lambda moment: freeze(m.process.pid), timeout_s=1)
         assert time.monotonic() - began < 10
         assert "the next one will" in caplog.text
         os.kill(m.process.pid, signal.SIGCONT)
