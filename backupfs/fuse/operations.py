@@ -14,7 +14,7 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar, TypeVarTuple, cast
 
@@ -25,7 +25,8 @@ from backupfs.errors import BackupfsError, Corrupt, NotFound
 from backupfs.fuse.catalogue import DiskFile
 from backupfs.fuse.images import OpenImages
 from backupfs.fuse.lane import Lane
-from backupfs.fuse.tree import Attributes, Entry, Stale, Tree
+from backupfs.fuse.nodes import Attributes, DiskFiles, Entry, Stale
+from backupfs.fuse.tree import Tree
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +35,20 @@ R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 
 _CATALOGUE_CALLS = 8  # at once; the rest waits, reads do not
+_GUEST_CALLS = 6  # at once, of the guests' files on a disk: they may hang until a deadline
 _TASKS = 500  # requests that pyfuse3 works on at once: more than a hung image's readers are likely to be
+_GUESTS_CLOSED_S = 10.0
 _XATTRS = b"user.backupfs."
 _COMPLAINTS = 20  # of one file
 
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """An open file: its inode, and its content if that is at hand."""
+    """An open file: its inode; its content if that is at hand; for a file of a guest, its disk."""
 
     inode: int
     content: bytes | None
+    guest: DiskFiles | None = None
 
 
 class Complaints:
@@ -110,6 +114,7 @@ class Operations(pyfuse3.Operations):
     ) -> None:
         super().__init__()
         self.complaints = Complaints()
+        tree.guests.disks.drop_pages = lane.drop_pages if lane else drop_pages
         self.images = OpenImages(
             background,
             tree.describe,
@@ -125,7 +130,8 @@ class Operations(pyfuse3.Operations):
         self._limiter = trio.CapacityLimiter(_CATALOGUE_CALLS)
         self._handles = itertools.count(1)
         self._files: dict[int, _Opened] = {}
-        self._folders: dict[int, tuple[int, list[Entry]]] = {}
+        self._folders: dict[int, tuple[int, Sequence[Entry]]] = {}
+        self._guest_limiters: dict[DiskFiles, trio.CapacityLimiter] = {}
 
     def init(self) -> None:
         self._on_ready()
@@ -140,14 +146,27 @@ class Operations(pyfuse3.Operations):
     @property
     def abandoned(self) -> bool:
         """Whether a thread may still be in the catalogue or in an image: they must not be closed then."""
-        return self._abandoned or self.images.abandoned
+        return self._abandoned or self.images.abandoned or self._tree.guests.disks.busy
 
-    async def _ask(self, call: Callable[[*Ts], R], *args: *Ts) -> R:
+    async def _ask(self, call: Callable[[*Ts], R], *args: *Ts, of: DiskFiles | None = None) -> R:
+        """Have a call done in a thread; `of` which disk's guest it asks something, if it does."""
+        limiter = self._limiter
+        if of is not None:
+            limiter = self._guest_limiters.setdefault(of, trio.CapacityLimiter(_GUEST_CALLS))
         try:
-            return await trio.to_thread.run_sync(call, *args, limiter=self._limiter, abandon_on_cancel=True)
+            return await trio.to_thread.run_sync(call, *args, limiter=limiter, abandon_on_cancel=True)
         except trio.Cancelled:
             self._abandoned = True
             raise
+        finally:
+            if of is not None and not limiter.borrowed_tokens:
+                self._guest_limiters.pop(of, None)
+
+    async def close_idle_guests(self) -> None:
+        """Close the guests' disks that nobody looks at any more, again and again."""
+        while True:
+            await trio.sleep(_GUESTS_CLOSED_S)
+            await self._ask(self._tree.guests.disks.close_idle)
 
     def _reply(self, attributes: Attributes) -> pyfuse3.EntryAttributes:
         reply = pyfuse3.EntryAttributes()
@@ -160,24 +179,26 @@ class Operations(pyfuse3.Operations):
         reply.st_blocks = -(-attributes.allocated // 512)
         reply.st_blksize = 65536
         reply.st_atime_ns = reply.st_mtime_ns = reply.st_ctime_ns = attributes.time_ns
+        guest = attributes.guest
+        if guest is not None:
+            reply.st_uid, reply.st_gid, reply.st_rdev = guest.uid, guest.gid, guest.rdev
+            reply.st_atime_ns, reply.st_ctime_ns = guest.atime_ns, guest.ctime_ns
         reply.attr_timeout = reply.entry_timeout = attributes.timeout_s
         return reply
 
     @answers
     async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        return self._reply(await self._ask(self._tree.lookup, parent_inode, name))
+        return self._reply(
+            await self._ask(self._tree.lookup, parent_inode, name, of=self._tree.guest_disk(parent_inode))
+        )
 
     @answers
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        return self._reply(await self._ask(self._tree.attributes, inode))
+        return self._reply(await self._ask(self._tree.attributes, inode, of=self._tree.guest_disk(inode)))
 
     @answers
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
-        return await self._ask(self._tree.target, inode)
-
-    @answers
-    async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
-        return True  # default_permissions: the kernel has looked at the mode already
+        return await self._ask(self._tree.target, inode, of=self._tree.guest_disk(inode))
 
     @answers
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
@@ -201,7 +222,7 @@ class Operations(pyfuse3.Operations):
         # start, as rewinddir does, takes a new one.
         inode, entries = self._folders[fh]
         if start_id == 0:
-            entries = await self._ask(self._tree.entries, inode)
+            entries = await self._ask(self._tree.entries, inode, of=self._tree.guest_disk(inode))
             self._folders[fh] = inode, entries
         for cookie in range(start_id, len(entries)):
             entry = entries[cookie]
@@ -216,6 +237,11 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise pyfuse3.FUSEError(errno.EROFS)
+        guest = self._tree.guest_disk(inode)
+        if guest is not None and self._tree.is_guest_file(inode):
+            handle = next(self._handles)
+            self._files[handle] = _Opened(inode, None, guest)
+            return pyfuse3.FileInfo(fh=handle, keep_cache=True)
         file = await self._ask(self._tree.file, inode)
         if isinstance(file, DiskFile):
             try:
@@ -242,6 +268,8 @@ class Operations(pyfuse3.Operations):
         if opened.content is not None:
             return opened.content[off : off + size]
         try:
+            if opened.guest is not None:
+                return await self._ask(self._tree.guests.read, opened.inode, off, size, of=opened.guest)
             # pyfuse3 takes any buffer: a copy of 1 MiB would only cost time.
             return cast(bytes, await self.images.read(opened.inode, off, size))
         except Exception as e:
@@ -251,7 +279,7 @@ class Operations(pyfuse3.Operations):
     @answers
     async def release(self, fh: int) -> None:
         opened = self._files.pop(fh)
-        if opened.content is None:
+        if opened.content is None and opened.guest is None:
             if self._lane:
                 await self._lane.remove(fh)
             await self.images.release(opened.inode)
@@ -280,7 +308,9 @@ class Operations(pyfuse3.Operations):
             try:
                 if opened is None:
                     raise OSError(errno.EBADF, "no such file is open")
-                if opened.content is None:
+                if opened.guest is not None:
+                    found = await self._ask(self._tree.guests.seek, opened.inode, offset, whence, of=opened.guest)
+                elif opened.content is None:
                     found = await self.images.seek(opened.inode, offset, whence)
                 elif offset >= len(opened.content):
                     raise OSError(errno.ENXIO, "not inside the file")
@@ -307,7 +337,11 @@ class Operations(pyfuse3.Operations):
 
     @answers
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
-        if name.startswith(_XATTRS):  # `ls -l` and `cp -a` ask for security.* and system.* of every file: no
+        if self._tree.guest_disk(inode) is not None:
+            value = (await self._guest_xattrs(inode)).get(name)
+            if value is not None:
+                return value
+        elif name.startswith(_XATTRS):  # `ls -l` and `cp -a` ask for security.* and system.* of every file: no
             value = (await self._xattrs(inode)).get(name)
             if value is not None:
                 return value
@@ -315,7 +349,12 @@ class Operations(pyfuse3.Operations):
 
     @answers
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
+        if self._tree.guest_disk(inode) is not None:
+            return list(await self._guest_xattrs(inode))
         return list(await self._xattrs(inode))
+
+    async def _guest_xattrs(self, inode: int) -> Mapping[bytes, bytes]:
+        return await self._ask(self._tree.guest_xattrs, inode, of=self._tree.guest_disk(inode))
 
     async def _xattrs(self, inode: int) -> dict[bytes, bytes]:
         try:
