@@ -130,11 +130,6 @@ class Volume:
                 self._xattr_bytes -= _cost(self._xattrs.pop(next(iter(self._xattrs))))
         return found
 
-    def has_no_xattrs(self, inode: int) -> bool:
-        """Whether it is known, without looking, that there are no extended attributes."""
-        known = self._stats.get(inode)
-        return (known is not None and not known.has_xattrs) or self._xattrs.get(inode) == {}
-
 
 @dataclass(slots=True)
 class _Content:
