@@ -4,7 +4,7 @@ Everything that comes out of a file system was written by a guest: a name is byt
 `..`; a number is what the disk says, bounded only where this file says so.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,6 +49,19 @@ class Entry:
     stat: Stat
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A part of a file's content.
+
+    Args:
+        length: bytes.
+        offset: where they lie on the volume, as they are; None: nowhere, they are zeroes.
+    """
+
+    length: int
+    offset: int | None
+
+
 class FileSystem(Protocol):
     """A guest's file system, read-only. Calls may block and come from several threads.
 
@@ -73,6 +86,9 @@ class FileSystem(Protocol):
 
     def read(self, inode: int, offset: int, length: int) -> bytes:
         """Return a range of a file, short only at its end."""
+
+    def runs(self, inode: int) -> Sequence[Run] | None:
+        """Return where a file's content lies on the volume, one run behind the other; None: not there as it is."""
 
     def extents(self, inode: int, offset: int, length: int) -> Iterator[Extent]:
         """Yield what is data (flag False) and what are holes (flag True), covering the range."""

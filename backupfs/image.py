@@ -99,7 +99,7 @@ def gather(image: Image, offset: int, length: int) -> Sequence[Buffer | bytes]:
 
 
 class ZeroImage:
-    """A disk of zeroes."""
+    """A disk of zeroes; a Gatherer."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -108,10 +108,41 @@ class ZeroImage:
         check_range(self, offset, len(buffer))
         buffer[:] = bytes(len(buffer))
 
+    def at_once(self, offset: int, into: list[memoryview]) -> bool:
+        (memory,) = into
+        if not 0 <= offset <= self.size - len(memory):
+            return False
+        memory[:] = bytes(len(memory))
+        return True
+
+    def gather(self, offset: int, length: int) -> Sequence[Buffer | bytes]:
+        check_range(self, offset, length)
+        return (bytes(length),)
+
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         check_range(self, offset, length)
         if length:
             yield Extent(offset, length, True)
+
+    def close(self) -> None:
+        pass
+
+
+class BytesImage:
+    """Bytes in memory."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.size = len(content)
+
+    def readinto(self, offset: int, buffer: Buffer) -> None:
+        check_range(self, offset, len(buffer))
+        buffer[:] = self.content[offset : offset + len(buffer)]
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        check_range(self, offset, length)
+        if length:
+            yield Extent(offset, length, False)
 
     def close(self) -> None:
         pass

@@ -6,9 +6,11 @@ Implemented over a repository in services/mount.py. Called from worker threads, 
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from backupfs.filesystem import FileSystem, Run
 from backupfs.image import Buffer, Image
 
 LIVE = "live"
@@ -119,6 +121,42 @@ class Folder:
     files: Callable[[], Sequence[DiskFile | TextFile]]
 
 
+class GuestVolume(Protocol):
+    """A partition or a logical volume, or a disk without either, and what is known of the files on it."""
+
+    @property
+    def kind(self) -> str | None:
+        """What is on it: `ext4`, `swap`, …; None: nothing that is known."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why its files can't be read, if that is known without trying."""
+
+    def open(self) -> FileSystem:
+        """Return its files. May block, for as long as the calls of a FileSystem may. Raises BackupfsError."""
+
+    def file(self, runs: Sequence[Run]) -> Image:
+        """Return what lies there as an image, to be closed; also after the context's end. Raises BackupfsError."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuestFolder:
+    """A folder in a point's folder, for the file systems on a disk.
+
+    Args:
+        name: in the tree.
+        version: differs when what is on the disk does.
+        volumes: finds out what there is, by the folders' names, in order; may block. Raises BackupfsError. Leaving the
+            context closes it all: the file systems are not used any more then.
+        raw: returns where, in the point's folder, a volume lies as a raw file, for who wants to read that by hand.
+    """
+
+    name: str
+    version: str
+    volumes: Callable[[], AbstractContextManager[Mapping[str, GuestVolume]]]
+    raw: Callable[[str], str]
+
+
 @dataclass(frozen=True, slots=True)
 class PointEntry:
     """A point's folder."""
@@ -126,6 +164,7 @@ class PointEntry:
     time_ns: int
     files: Sequence[DiskFile | TextFile]
     folders: Sequence[Folder] = ()
+    guests: Sequence[GuestFolder] = ()
 
 
 class Catalogue(Protocol):

@@ -21,7 +21,7 @@ import trio
 from backupfs.errors import BackupfsError
 from backupfs.fuse.catalogue import DiskFile, Lender, Writable
 from backupfs.fuse.passthrough import Passthrough
-from backupfs.image import Buffer, Image, seek
+from backupfs.image import Buffer, BytesImage, Image, seek
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,16 @@ class _Shared:
     condemned: Exception | None = None
     backing: int | None = None  # of the raw file that the kernel reads instead, 0: none; None: not chosen yet
     opening: trio.Lock = field(default_factory=trio.Lock)
+
+
+class AtHand:
+    """A small file whose content is at hand, as an image that is open (workers.Held)."""
+
+    condemned: Exception | None = None
+    backing: int | None = None
+
+    def __init__(self, content: bytes) -> None:
+        self.image: Image | None = BytesImage(content)
 
 
 class OpenImages:

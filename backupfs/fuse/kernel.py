@@ -14,6 +14,7 @@ OPEN: Final = 14
 READ: Final = 15
 WRITE: Final = 16
 GETXATTR: Final = 22
+LISTXATTR: Final = 23
 INIT: Final = 26
 READDIR: Final = 28
 INTERRUPT: Final = 36
@@ -41,6 +42,8 @@ FALLOCATE_REQUEST = struct.Struct("=56xQI")
 FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE = 1, 2, 16
 XATTR_AT = 48
 """Where the name in a GETXATTR begins; a zero byte ends it."""
+XATTR_REQUEST = struct.Struct("=16xQ16xI")
+"""inode, size of a GETXATTR or LISTXATTR; size 0: only the size of the answer is wanted."""
 
 # struct fuse_out_header: len, error (negative), unique.
 ANSWER = struct.Struct("=IiQ")
@@ -50,6 +53,9 @@ LSEEK_ANSWER = struct.Struct("=IiQQ")
 
 # The same with struct fuse_write_out: size, padding.
 WRITE_ANSWER = struct.Struct("=IiQI4x")
+
+# The same with struct fuse_getxattr_out: size, padding.
+XATTR_SIZE_ANSWER = struct.Struct("=IiQI4x")
 
 # struct fuse_out_header with unique 0 and a positive code in `error`, then struct fuse_notify_inval_inode_out: inode,
 # offset, length; length 0: all of it.

@@ -45,7 +45,7 @@ _SECTOR = 512  # READs of other sizes are rare
 _LARGEST_LISTING = 128 << 10  # bytes of a READDIR's answer: it has to fit into a message
 _MESSAGES = 4 << 20  # bytes that the pair holds, if that is allowed
 _GONE = (errno.ENOENT, errno.ENODEV)  # nobody waits for the answer any more; unmounted
-_ATTRIBUTES = b"user.backupfs."  # all that a file can have
+_ATTRIBUTES = b"user.backupfs."
 _NOT_A_REQUEST = (errno.ENOENT, errno.EINTR, errno.EAGAIN)  # interrupted before it was read
 
 
@@ -57,6 +57,12 @@ class Others(Protocol):
 
     def start_seek(self, unique: int, handle: int, offset: int, whence: int) -> None:
         """Begin to answer an LSEEK."""
+
+    def lacks_xattrs(self, inode: int, *, ours: bool) -> bool:
+        """Whether it is known that something has no extended attributes; `ours`: no `user.backupfs.*`, else no others.
+
+        From any thread; does not block.
+        """
 
     def complain(self, inode: int, doing: str, error: Exception) -> None:
         """Log an error. From any thread."""
@@ -204,9 +210,8 @@ class Lane:
                     self._take_write(unique, handle, offset, view[kernel.DATA_AT : length], size)
                 elif opcode == kernel.FALLOCATE:
                     self._take_fallocate(unique, handle, offset, request)
-                elif opcode == kernel.GETXATTR and not request.startswith(_ATTRIBUTES, kernel.XATTR_AT):
-                    # The kernel asks for security.capability before each write(2).
-                    self.refuse(unique, errno.ENODATA)
+                elif opcode in (kernel.GETXATTR, kernel.LISTXATTR) and self._has_none(opcode, request):
+                    self._answer_none(opcode, unique, request)
                 elif opcode not in kernel.UNANSWERED:
                     self._amend(opcode, unique, request, size)
                     self._pass_on(view[:length])
@@ -215,6 +220,24 @@ class Lane:
                 if not self._ending:
                     log.error("request %d of type %d failed: %r", unique, opcode, e)
                 self.refuse(unique, errno.ENOTCONN if self._ending else errno.EIO)
+
+    def _has_none(self, opcode: int, request: bytearray) -> bool:
+        """Whether there is no such extended attribute. `ls -l` asks for several of each name, and the kernel for
+        security.capability before each write(2).
+        """
+        inode, _ = kernel.XATTR_REQUEST.unpack_from(request)
+        if opcode == kernel.GETXATTR:
+            return self._others.lacks_xattrs(inode, ours=request.startswith(_ATTRIBUTES, kernel.XATTR_AT))
+        return self._others.lacks_xattrs(inode, ours=True) and self._others.lacks_xattrs(inode, ours=False)
+
+    def _answer_none(self, opcode: int, unique: int, request: bytearray) -> None:
+        if opcode == kernel.GETXATTR:
+            self.refuse(unique, errno.ENODATA)
+        elif kernel.XATTR_REQUEST.unpack_from(request)[1]:
+            self.answer(unique, [], 0)
+        else:
+            answer = kernel.XATTR_SIZE_ANSWER
+            self._write(unique, [answer.pack(answer.size, 0, unique, 0)])
 
     def _amend(self, opcode: int, unique: int, request: bytearray, size: int) -> None:
         if opcode in (kernel.READDIR, kernel.READDIRPLUS):
@@ -232,6 +255,10 @@ class Lane:
         file = self._files.get(handle)
         if file is None:
             self._hand_over(lambda: self._others.start_read(unique, handle, offset, size), unique)
+            return
+        if file.content is not None:
+            content = file.content[offset : offset + size]
+            self.answer(unique, [content], len(content))
             return
         answer, done = self._prepared.get(size) or self._prepare(size), False
         self._in_image = file

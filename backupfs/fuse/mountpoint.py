@@ -122,7 +122,8 @@ def prepare(path: str) -> None:
 def open_device(path: str, source: str, *, allow_other: bool, writable: bool = False) -> int:
     """Mount a new FUSE device at `path` and return it; the kernel's requests can be read from it.
 
-    Until somebody answers there, whoever looks at `path` waits.
+    Until somebody answers there, whoever looks at `path` waits. Who is let in may read everything, whatever the modes
+    say (no default_permissions): those of guests' files are for the guests' users, and all of it is in the raw disk.
 
     Args:
         path: a folder that `prepare` found right.
@@ -143,7 +144,7 @@ def _mount_as_root(path: str, source: str, allow_other: bool, writable: bool) ->
         device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     except OSError as e:
         raise MountError(f"/dev/fuse: {e.strerror}; load the kernel's module: modprobe fuse") from e
-    options = f"fd={device},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()},default_permissions"
+    options = f"fd={device},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()}"
     if allow_other:
         options += ",allow_other"
     flags = ctypes.c_ulong((0 if writable else _MS_RDONLY) | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
@@ -156,7 +157,7 @@ def _mount_as_root(path: str, source: str, allow_other: bool, writable: bool) ->
 def _mount_as_user(path: str, source: str, allow_other: bool, writable: bool) -> int:
     name = source.replace("\\", "\\\\").replace(",", "\\,")
     kind = FILE_SYSTEM.partition(".")[2]
-    options = f"{'rw' if writable else 'ro'},nosuid,nodev,noexec,default_permissions,fsname={name},subtype={kind}"
+    options = f"{'rw' if writable else 'ro'},nosuid,nodev,noexec,fsname={name},subtype={kind}"
     if allow_other:
         options += ",allow_other"
     here, there = socket.socketpair()  # fusermount3 hands the device over through it. Source: libfuse, lib/mount.c

@@ -13,7 +13,7 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar, TypeVarTuple, cast
 
@@ -23,9 +23,10 @@ import trio
 from backupfs.errors import BackupfsError, NotFound
 from backupfs.fuse.catalogue import DiskFile, TextFile, Writable
 from backupfs.fuse.complaints import Complaints
-from backupfs.fuse.images import OpenImages
+from backupfs.fuse.images import AtHand, OpenImages
 from backupfs.fuse.lane import Lane
-from backupfs.fuse.tree import Attributes, Entry, Stale, Tree
+from backupfs.fuse.nodes import Attributes, DiskFiles, Entry, Stale
+from backupfs.fuse.tree import Tree
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +35,20 @@ R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 
 _CATALOGUE_CALLS = 8  # at once; the rest waits, reads do not
+_GUEST_CALLS = 6  # at once, of the guests' files on a disk: they may hang until a deadline
 _TASKS = 500  # requests that pyfuse3 works on at once: more than a hung image's readers are likely to be
+_GUESTS_CLOSED_S = 10.0
 _XATTRS = b"user.backupfs."
 
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """An open file: its inode, and its content if that is at hand."""
+    """An open file: its inode; its content if that is at hand; for a file of a guest, its disk."""
 
     inode: int
-    content: bytes | None
+    content: bytes | None = None
     writable: bool = False
+    guest: DiskFiles | None = None
 
 
 def answers(
@@ -103,7 +107,8 @@ class Operations(pyfuse3.Operations):
         self._limiter = trio.CapacityLimiter(_CATALOGUE_CALLS)
         self._handles = itertools.count(1)
         self._files: dict[int, _Opened] = {}
-        self._folders: dict[int, tuple[int, list[Entry]]] = {}
+        self._folders: dict[int, tuple[int, Sequence[Entry]]] = {}
+        self._guest_limiters: dict[DiskFiles, trio.CapacityLimiter] = {}
 
     def init(self) -> None:
         self._on_ready()
@@ -118,14 +123,27 @@ class Operations(pyfuse3.Operations):
     @property
     def abandoned(self) -> bool:
         """Whether a thread may still be in the catalogue or in an image: they must not be closed then."""
-        return self._abandoned or self.images.abandoned
+        return self._abandoned or self.images.abandoned or self._tree.guests.disks.busy
 
-    async def _ask(self, call: Callable[[*Ts], R], *args: *Ts) -> R:
+    async def _ask(self, call: Callable[[*Ts], R], *args: *Ts, of: DiskFiles | None = None) -> R:
+        """Have a call done in a thread; `of` which disk's guest it asks something, if it does."""
+        limiter = self._limiter
+        if of is not None:
+            limiter = self._guest_limiters.setdefault(of, trio.CapacityLimiter(_GUEST_CALLS))
         try:
-            return await trio.to_thread.run_sync(call, *args, limiter=self._limiter, abandon_on_cancel=True)
+            return await trio.to_thread.run_sync(call, *args, limiter=limiter, abandon_on_cancel=True)
         except trio.Cancelled:
             self._abandoned = True
             raise
+        finally:
+            if of is not None and not limiter.borrowed_tokens:
+                self._guest_limiters.pop(of, None)
+
+    async def close_idle_guests(self) -> None:
+        """Close the guests' disks that nobody looks at any more, again and again."""
+        while True:
+            await trio.sleep(_GUESTS_CLOSED_S)
+            await self._ask(self._tree.guests.disks.close_idle)
 
     def _reply(self, attributes: Attributes) -> pyfuse3.EntryAttributes:
         reply = pyfuse3.EntryAttributes()
@@ -138,24 +156,26 @@ class Operations(pyfuse3.Operations):
         reply.st_blocks = -(-attributes.allocated // 512)
         reply.st_blksize = 65536
         reply.st_atime_ns = reply.st_mtime_ns = reply.st_ctime_ns = attributes.time_ns
+        guest = attributes.guest
+        if guest is not None:
+            reply.st_uid, reply.st_gid, reply.st_rdev = guest.uid, guest.gid, guest.rdev
+            reply.st_atime_ns, reply.st_ctime_ns = guest.atime_ns, guest.ctime_ns
         reply.attr_timeout = reply.entry_timeout = attributes.timeout_s
         return reply
 
     @answers
     async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        return self._reply(await self._ask(self._tree.lookup, parent_inode, name))
+        return self._reply(
+            await self._ask(self._tree.lookup, parent_inode, name, of=self._tree.guest_disk(parent_inode))
+        )
 
     @answers
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        return self._reply(await self._ask(self._tree.attributes, inode))
+        return self._reply(await self._ask(self._tree.attributes, inode, of=self._tree.guest_disk(inode)))
 
     @answers
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
-        return await self._ask(self._tree.target, inode)
-
-    @answers
-    async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
-        return True  # default_permissions: the kernel has looked at the mode already
+        return await self._ask(self._tree.target, inode, of=self._tree.guest_disk(inode))
 
     @answers
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
@@ -179,7 +199,7 @@ class Operations(pyfuse3.Operations):
         # start, as rewinddir does, takes a new one.
         inode, entries = self._folders[fh]
         if start_id == 0:
-            entries = await self._ask(self._tree.entries, inode)
+            entries = await self._ask(self._tree.entries, inode, of=self._tree.guest_disk(inode))
             self._folders[fh] = inode, entries
         for cookie in range(start_id, len(entries)):
             entry = entries[cookie]
@@ -193,7 +213,12 @@ class Operations(pyfuse3.Operations):
     @answers
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         changes = flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC
-        file = await self._ask(self._tree.file, inode)
+        guest = self._tree.guest_disk(inode)
+        if changes and guest:
+            raise pyfuse3.FUSEError(errno.EROFS)
+        file = await self._ask(self._tree.file, inode, of=guest)
+        if _is_writable(file) and ctx.uid not in (0, self._owner[0]):
+            raise pyfuse3.FUSEError(errno.EACCES)  # the kernel does not look at modes here: mountpoint.py
         if changes and not _is_writable(file):
             raise pyfuse3.FUSEError(errno.EROFS)
         if flags & os.O_TRUNC:
@@ -209,10 +234,14 @@ class Operations(pyfuse3.Operations):
                 self.complaints.say(self.subject(inode), "open", e)
                 raise pyfuse3.FUSEError(errno.EIO) from e
         handle = next(self._handles)
-        self._files[handle] = _Opened(inode, None if isinstance(file, DiskFile) else file.content, _is_writable(file))
         live = isinstance(file, DiskFile) and file.live
-        if self._lane and isinstance(file, DiskFile) and not live:
-            self._lane.add(handle, inode, self.images.held(inode))  # before the kernel has the handle
+        if isinstance(file, TextFile):
+            self._files[handle] = _Opened(inode, content=file.content)
+        else:
+            self._files[handle] = _Opened(inode, writable=_is_writable(file), guest=None if file else guest)
+        if self._lane and file and not live:  # before the kernel has the handle
+            held = AtHand(file.content) if isinstance(file, TextFile) else self.images.held(inode)
+            self._lane.add(handle, inode, held)
         # keep_cache: an inode number never stands for other content (tree.py). Of a live disk nothing is kept at all,
         # and its reads are not those of the background, of which the kernel has only 12 in flight for all files.
         return pyfuse3.FileInfo(fh=handle, keep_cache=not live, direct_io=live)
@@ -223,6 +252,8 @@ class Operations(pyfuse3.Operations):
         if opened.content is not None:
             return opened.content[off : off + size]
         try:
+            if opened.guest is not None:
+                return await self._ask(self._tree.guests.read, opened.inode, off, size, of=opened.guest)
             # pyfuse3 takes any buffer: a copy of 1 MiB would only cost time.
             return cast(bytes, await self.images.read(opened.inode, off, size))
         except Exception as e:
@@ -266,6 +297,8 @@ class Operations(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
         """Take a size that it has already, and times, which are not kept. Nothing else changes."""
+        if self._tree.guest_disk(inode):
+            raise pyfuse3.FUSEError(errno.EROFS)
         attributes = await self._ask(self._tree.attributes, inode)
         try:
             file = await self._ask(self._tree.file, inode)
@@ -282,9 +315,9 @@ class Operations(pyfuse3.Operations):
     @answers
     async def release(self, fh: int) -> None:
         opened = self._files.pop(fh)
-        if opened.content is None:
-            if self._lane:
-                await self._lane.remove(fh)
+        if self._lane:
+            await self._lane.remove(fh)
+        if opened.content is None and opened.guest is None:
             await self.images.release(opened.inode)
 
     # What the lane leaves to others (lane.Others).
@@ -294,6 +327,9 @@ class Operations(pyfuse3.Operations):
 
     def start_seek(self, unique: int, handle: int, offset: int, whence: int) -> None:
         self._background.start_soon(self._answer_seek, unique, handle, offset, whence)
+
+    def lacks_xattrs(self, inode: int, *, ours: bool) -> bool:
+        return self._tree.lacks_xattrs(inode, ours=ours)
 
     def complain(self, inode: int, doing: str, error: Exception) -> None:
         self.complaints.say(self.subject(inode), doing, error)
@@ -311,7 +347,9 @@ class Operations(pyfuse3.Operations):
             try:
                 if opened is None:
                     raise OSError(errno.EBADF, "no such file is open")
-                if opened.content is None:
+                if opened.guest is not None:
+                    found = await self._ask(self._tree.guests.seek, opened.inode, offset, whence, of=opened.guest)
+                elif opened.content is None:
                     found = await self.images.seek(opened.inode, offset, whence)
                 elif offset >= len(opened.content):
                     raise OSError(errno.ENXIO, "not inside the file")
@@ -338,7 +376,11 @@ class Operations(pyfuse3.Operations):
 
     @answers
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
-        if name.startswith(_XATTRS):  # `ls -l` and `cp -a` ask for security.* and system.* of every file: no
+        if self._tree.guest_disk(inode) is not None:
+            value = (await self._guest_xattrs(inode)).get(name)
+            if value is not None:
+                return value
+        elif name.startswith(_XATTRS):  # `ls -l` and `cp -a` ask for security.* and system.* of every file: no
             value = (await self._xattrs(inode)).get(name)
             if value is not None:
                 return value
@@ -346,7 +388,12 @@ class Operations(pyfuse3.Operations):
 
     @answers
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
+        if self._tree.guest_disk(inode) is not None:
+            return list(await self._guest_xattrs(inode))
         return list(await self._xattrs(inode))
+
+    async def _guest_xattrs(self, inode: int) -> Mapping[bytes, bytes]:
+        return await self._ask(self._tree.guest_xattrs, inode, of=self._tree.guest_disk(inode))
 
     async def _xattrs(self, inode: int) -> dict[bytes, bytes]:
         try:
@@ -356,7 +403,7 @@ class Operations(pyfuse3.Operations):
         return {k.encode(): v for k, v in file.xattrs.items()} if isinstance(file, DiskFile) else {}
 
 
-def _is_writable(file: DiskFile | TextFile) -> bool:
+def _is_writable(file: DiskFile | TextFile | None) -> bool:
     return isinstance(file, DiskFile) and file.written is not None
 
 

@@ -122,6 +122,7 @@ async def _live(
                     lambda lane: Operations(tree, nursery, ready, lane), device, passthrough=passthrough
                 )
                 attached = True
+                nursery.start_soon(operations.close_idle_guests)
                 nursery.start_soon(_end_on_signal, signals, path, mounted, nursery.cancel_scope)
                 if lane:
                     lane.start(operations, lambda: mountpoint.raise_readahead(mounted), stop)
@@ -139,7 +140,10 @@ async def _live(
                 os.close(device)
             if lane:
                 lane.close()
-    return not (operations.abandoned or (lane and lane.reading))
+    if operations.abandoned or (lane and lane.reading):
+        return False
+    tree.guests.disks.close_idle(0)
+    return True
 
 
 def _attach(

@@ -1,4 +1,5 @@
 """The tree that a mount shows: names, inode numbers, attributes. No pyfuse3, no trio; testable without a mount.
+What the numbers stand for is in nodes.py.
 
     /                          Root
     /VM/                       VmFolder
@@ -9,170 +10,44 @@
     /VM/POINT/DISK.parts/      SubFolder
     /VM/POINT/DISK.parts/1.raw File
     /VM/POINT/point.json       File
+    /VM/POINT/DISK.files/…     what guests have stored: guest_tree.py
     /VM/live/                  PointFolder, in name only: its files come and go with the exports that they show
     /VM/live/DISK.raw          File
 
 Every method of Tree may be called from any thread, from several at once, and may block, because the Catalogue does.
-
-An inode number stands for one Node for as long as the mount lives. A File's node holds the version of its content, so
-an edited `point.json`, or a point that was deleted and made again under the same id, gets another number: the kernel's
-page cache of the old number can't show through. The same holds for a live disk that came back: as it may be another
-moment, it is another file, and who has the old one open gets errors, not a mixture. Nothing of a point's content is
-kept here.
 """
 
-import hashlib
 import stat
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from backupfs.errors import NotFound
-from backupfs.fuse.catalogue import LIVE, Catalogue, DiskFile, PointEntry, TextFile
+from backupfs.fuse.catalogue import LIVE, Catalogue, DiskFile, GuestFolder, PointEntry, TextFile
+from backupfs.fuse.guest_tree import GuestTree
+from backupfs.fuse.nodes import (
+    FILE_TIMEOUT_S,
+    FRESH_TIMEOUT_S,
+    LIVE_TIMEOUT_S,
+    Attributes,
+    DiskFiles,
+    Entry,
+    File,
+    GuestFile,
+    GuestNode,
+    Inodes,
+    LatestLink,
+    Node,
+    Notice,
+    PointFolder,
+    Root,
+    Stale,
+    SubFolder,
+    VmFolder,
+    VolumeFolder,
+    component,
+)
 
-ROOT_INODE = 1
 LATEST = b"latest"
-
-FILE_TIMEOUT_S = 300.0
-"""How long the kernel may believe a disk's attributes and name: its content never changes."""
-FRESH_TIMEOUT_S = 1.0
-"""The same for what changes while mounted: folders grow, `latest` moves, `point.json` is edited."""
-LIVE_TIMEOUT_S = 0.0
-"""The same for live disks. The kernel looks a name up again once, not twice, when it is told that its number is stale:
-that once is for a disk that comes back while it is opened."""
-
-_INODES = 1 << 52  # a number below 2^53 survives programs that keep it in a double, JSON for one
-
-
-class Stale(NotFound):
-    """What an inode number stood for is gone, or has other content now: the name has to be looked up again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Root:
-    """The mount's own folder."""
-
-
-@dataclass(frozen=True, slots=True)
-class VmFolder:
-    """The folder of a VM."""
-
-    vm: str
-
-
-@dataclass(frozen=True, slots=True)
-class LatestLink:
-    """The link to a VM's newest point."""
-
-    vm: str
-
-
-@dataclass(frozen=True, slots=True)
-class PointFolder:
-    """The folder of a point."""
-
-    vm: str
-    point: str
-
-
-@dataclass(frozen=True, slots=True)
-class SubFolder:
-    """A folder in a point's folder."""
-
-    vm: str
-    point: str
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class File:
-    """A file in a point's folder, or in `folder` in that, with all that stat(2) tells of it.
-
-    Of one that is writable `allocated` and `time_ns` are as if nobody had written to it.
-    """
-
-    vm: str
-    point: str
-    folder: str
-    name: str
-    version: str
-    size: int
-    allocated: int
-    time_ns: int
-    timeout_s: float
-    writable: bool = field(default=False, repr=False)  # not in the inode number: its name says so already
-
-
-Node = Root | VmFolder | LatestLink | PointFolder | SubFolder | File
-
-
-@dataclass(frozen=True, slots=True)
-class Attributes:
-    """What stat(2) answers, but for the owner."""
-
-    inode: int
-    mode: int
-    nlink: int
-    size: int
-    allocated: int
-    time_ns: int
-    timeout_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A name in a folder."""
-
-    name: bytes
-    attributes: Attributes
-
-
-def hash_node(node: Node) -> int:
-    """Return the inode number that a node gets if no other has it: the same in every mount."""
-    digest = hashlib.blake2b(repr(node).encode(errors="surrogatepass"), digest_size=8).digest()
-    return ROOT_INODE + 1 + int.from_bytes(digest, "little") % (_INODES - ROOT_INODE - 1)
-
-
-class Inodes:
-    """Numbers for nodes. Given once, a number is never given again: the table only grows.
-
-    It stays small: some 500 bytes for each name that was looked at, so FORGET can be dropped.
-    """
-
-    def __init__(self, first_choice: Callable[[Node], int] = hash_node) -> None:
-        self._first_choice = first_choice
-        self._lock = threading.Lock()
-        self._nodes: dict[int, Node] = {ROOT_INODE: Root()}
-
-    def number(self, node: Node) -> int:
-        """Return the node's number."""
-        inode = ROOT_INODE if isinstance(node, Root) else self._first_choice(node)
-        with self._lock:
-            # Nothing is ever taken out, so the same steps lead to the same place again.
-            while self._nodes.setdefault(inode, node) != node:
-                inode = inode + 1 if inode + 1 < _INODES else ROOT_INODE + 1
-        return inode
-
-    def node(self, inode: int) -> Node:
-        """Return what a number stands for.
-
-        Raises:
-            Stale: nothing; the number is from an earlier mount, through NFS for example.
-        """
-        try:
-            return self._nodes[inode]
-        except KeyError:
-            raise Stale(f"no inode {inode} in this mount") from None
-
-
-def component(name: str) -> bytes | None:
-    """Return a name as the kernel wants it, or None when it can't be a name in a folder."""
-    if name in ("", ".", "..") or "/" in name or "\0" in name:
-        return None
-    try:
-        return name.encode()
-    except UnicodeEncodeError:
-        return None
 
 
 class Tree:
@@ -181,14 +56,22 @@ class Tree:
     Args:
         catalogue: what there is.
         readable_by_all: whether others than the owner may read.
+        inodes: gives the numbers.
     """
 
-    def __init__(self, catalogue: Catalogue, *, readable_by_all: bool = False, inodes: Inodes | None = None) -> None:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        *,
+        readable_by_all: bool = False,
+        inodes: Inodes | None = None,
+    ) -> None:
         self.catalogue = catalogue
         self.inodes = inodes or Inodes()
         self._folder_mode = stat.S_IFDIR | (0o555 if readable_by_all else 0o500)
         self._file_mode = stat.S_IFREG | (0o444 if readable_by_all else 0o400)
         self._writable_mode = stat.S_IFREG | 0o600
+        self.guests = GuestTree(self.inodes, self._guest_folder, (self._folder_mode, self._file_mode))
 
     def lookup(self, parent: int, name: bytes) -> Attributes:
         """Return the attributes of `name` in the folder `parent`.
@@ -197,6 +80,8 @@ class Tree:
             NotFound: there is no such name.
         """
         folder = self.inodes.node(parent)
+        if isinstance(folder, GuestNode) and not (isinstance(folder, DiskFiles) and name == b".."):
+            return self.guests.lookup(folder, name)
         if name in (b".", b".."):  # asked by the kernel's NFS server
             return self._attributes(folder if name == b"." else _parent(folder))
         try:
@@ -211,8 +96,7 @@ class Tree:
                 return self._attributes(LatestLink(vm) if name == LATEST else PointFolder(vm, text))
             case PointFolder(vm, point):
                 entry = self.catalogue.point(vm, point)
-                inside: list[File | SubFolder] = [*_files(vm, point, "", entry), *_folders(vm, point, entry)]
-                for node in inside:
+                for node in (*_files(vm, point, "", entry), *_folders(vm, point, entry)):
                     if node.name == text:
                         return self._attributes(node)
             case SubFolder(vm, point, folder_name):
@@ -225,13 +109,15 @@ class Tree:
         """Return the attributes of what an inode number stands for. Raises NotFound."""
         return self._attributes(self.inodes.node(inode))
 
-    def entries(self, inode: int) -> list[Entry]:
+    def entries(self, inode: int) -> Sequence[Entry]:
         """Return everything in a folder, as it is now, `.` and `..` first. Raises NotFound.
 
         Of `.` and `..` only number and type are right: the kernel takes no more from a listing, and the true attributes
         of `..` would have 10,000 points list their VM 10,000 times.
         """
         folder = self.inodes.node(inode)
+        if isinstance(folder, GuestNode):
+            return self.guests.entries(folder)
         found = [Entry(b".", self._folder(folder, 0, 0)), Entry(b"..", self._folder(_parent(folder), 0, 0))]
         match folder:
             case Root():
@@ -255,17 +141,23 @@ class Tree:
     def target(self, inode: int) -> bytes:
         """Return what a link points to. Raises NotFound."""
         link = self.inodes.node(inode)
+        if isinstance(link, GuestNode):
+            return self.guests.target(link)
         if not isinstance(link, LatestLink):
             raise NotFound(f"{self.describe(inode)} is no link")
         return _newest(link.vm, self._points(link.vm)).encode()
 
-    def file(self, inode: int) -> DiskFile | TextFile:
-        """Return a file's content.
+    def file(self, inode: int) -> DiskFile | TextFile | None:
+        """Return a file's content; None: a guest's, and it has to be asked for with `guests.read` and `guests.seek`.
 
         Raises:
             Stale: the point is gone, or the file's content is another now.
         """
         node = self.inodes.node(inode)
+        if isinstance(node, Notice):
+            return TextFile(node.name, node.content)
+        if isinstance(node, GuestFile):
+            return self.guests.file(node)
         if isinstance(node, File):
             return self._file(node)
         raise Stale(f"{self.describe(inode)} is not what it was")
@@ -280,6 +172,35 @@ class Tree:
                 return file
         raise Stale(f"{node.vm}/{node.point}/{node.name} is not what it was")
 
+    def guest_disk(self, inode: int) -> DiskFiles | None:
+        """Return the disk that a number belongs to, if it stands for something of a guest. Cheap. Raises Stale."""
+        match self.inodes.node(inode):
+            case DiskFiles() as disk:
+                return disk
+            case VolumeFolder(disk) | GuestFile(VolumeFolder(disk)):
+                return disk
+            case Notice(VolumeFolder(disk) | (DiskFiles() as disk)):
+                return disk
+        return None
+
+    def lacks_xattrs(self, inode: int, *, ours: bool) -> bool:
+        """Whether it is known that something has no extended attributes; `ours`: none of backupfs, else no others.
+
+        Does not block.
+        """
+        try:
+            node = self.inodes.node(inode)
+        except Stale:
+            return False
+        if isinstance(node, GuestNode):
+            return self.guests.is_bare(node)
+        return not (ours and isinstance(node, File))
+
+    def guest_xattrs(self, inode: int) -> Mapping[bytes, bytes]:
+        """Return the extended attributes of something of a guest. Raises NotFound, BackupfsError."""
+        node = self.inodes.node(inode)
+        return self.guests.xattrs(node) if isinstance(node, GuestNode) else {}
+
     def describe(self, inode: int) -> str:
         """Return the path in the tree, for messages."""
         match self.inodes.node(inode):
@@ -289,10 +210,14 @@ class Tree:
                 return f"{vm}/{LATEST.decode()}"
             case PointFolder(vm, point):
                 return f"{vm}/{point}"
-            case SubFolder(vm, point, name) | File(vm, point, "", name):
+            case SubFolder(vm, point, name) | File(vm, point, "", name) | DiskFiles(vm, point, name):
                 return f"{vm}/{point}/{name}"
             case File(vm, point, folder, name):
                 return f"{vm}/{point}/{folder}/{name}"
+            case VolumeFolder(disk, name) | GuestFile(VolumeFolder(disk, name)) | Notice(DiskFiles() as disk, name):
+                return f"{disk.vm}/{disk.point}/{disk.name}/{name}"
+            case Notice(VolumeFolder(disk, name)):
+                return f"{disk.vm}/{disk.point}/{disk.name}/{name}/"
         return "/"
 
     def _vms(self) -> list[str]:
@@ -306,8 +231,21 @@ class Tree:
     def _entry(self, name: str, node: Node) -> Entry:
         return Entry(name.encode(), self._attributes(node))
 
+    def _guest_folder(self, node: DiskFiles) -> tuple[GuestFolder, int]:
+        """Return what a folder of guests' files stands for, and its point's time. Raises Stale: it is gone."""
+        try:
+            entry = self.catalogue.point(node.vm, node.point)
+        except NotFound as e:
+            raise Stale(str(e)) from e
+        for folder in entry.guests:
+            if (folder.name, folder.version) == (node.name, node.version):
+                return folder, entry.time_ns
+        raise Stale(f"{node.vm}/{node.point}/{node.name} is not what it was")
+
     def _attributes(self, node: Node) -> Attributes:
         match node:
+            case DiskFiles() | VolumeFolder() | GuestFile() | Notice():
+                return self.guests.attributes(node)
             case File():
                 number = self.inodes.number(node)
                 mode, allocated, time_ns = self._file_mode, node.allocated, node.time_ns
@@ -377,15 +315,16 @@ def _files(vm: str, point: str, folder: str, entry: PointEntry) -> Iterator[File
             yield File(vm, point, folder, f.name, f.version, f.size, f.allocated, time_ns, timeout_s, writable)
 
 
-def _folders(vm: str, point: str, entry: PointEntry) -> Iterator[SubFolder]:
-    return (SubFolder(vm, point, folder.name) for folder in entry.folders if component(folder.name))
+def _folders(vm: str, point: str, entry: PointEntry) -> Iterator[SubFolder | DiskFiles]:
+    yield from (SubFolder(vm, point, folder.name) for folder in entry.folders if component(folder.name))
+    yield from (DiskFiles(vm, point, folder.name, folder.version) for folder in entry.guests if component(folder.name))
 
 
 def _parent(node: Node) -> Node:
     match node:
         case File(vm, point, folder) if folder:
             return SubFolder(vm, point, folder)
-        case SubFolder(vm, point) | File(vm, point):
+        case SubFolder(vm, point) | File(vm, point) | DiskFiles(vm, point):
             return PointFolder(vm, point)
         case PointFolder(vm) | LatestLink(vm):
             return VmFolder(vm)

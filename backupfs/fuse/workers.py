@@ -18,7 +18,7 @@ from typing import Protocol
 from backupfs.errors import BackupfsError
 from backupfs.extents import coalesce
 from backupfs.fuse.catalogue import Writable
-from backupfs.image import Buffer, Gatherer, Image, seek
+from backupfs.image import Buffer, BytesImage, Gatherer, Image, seek
 from backupfs.units import GiB, MiB
 
 WORKERS = 32
@@ -54,6 +54,7 @@ class File:
         self.held = held
         self.image: Image = held.image
         self.size = self.image.size
+        self.content = self.image.content if isinstance(self.image, BytesImage) else None
         self.jobs = 0  # that a worker has or is to take
         self.closed = False
         self.at_once: Callable[[int, list[memoryview]], bool] = lambda _offset, _into: False

@@ -25,7 +25,7 @@ _MEMORY = 1024 * MiB  # of address space
 _NOBODY = 65534
 _NO_NEW_PRIVILEGES, _DIE_WITH_PARENT, _NEW_NETWORK = 38, 1, 0x40000000  # source: linux/prctl.h, linux/sched.h
 _SIGKILL = 9
-_METHODS = ("stat", "list", "read", "extents", "readlink", "xattrs")
+_METHODS = ("stat", "list", "read", "extents", "runs", "readlink", "xattrs")
 
 
 class _Volume:
@@ -62,6 +62,8 @@ def _answer(system: FileSystem, ask: messages.Ask) -> messages.Answer:
             return messages.ListAnswer([(entry.name, _row(entry.stat)) for entry in found])
         case "extents":
             return messages.ExtentsAnswer([(e.offset, e.length, e.flag) for e in found])
+        case "runs":
+            return messages.RunsAnswer(None if found is None else [(run.length, run.offset) for run in found])
         case "xattrs":
             return messages.XattrsAnswer(list(found.items()))
         case _:

@@ -57,10 +57,10 @@ def _replay(volume: Image, head: bytes, number: int) -> tuple[Image, tuple[str, 
             raise DamagedJournalError(f"it writes block {target}, behind the end of the volume")
         places[target] = blocks[content.at] * block, content.escaped
     notes = ("the fast commits in its journal were not replayed: what was written last may be missing",)
-    return _Replayed(volume, block, places), notes if journal.fast_commits else ()
+    return Replayed(volume, block, places), notes if journal.fast_commits else ()
 
 
-class _Replayed:
+class Replayed:
     """An Image: a volume, with other contents of some blocks, and no journal to replay."""
 
     def __init__(self, volume: Image, block: int, places: dict[int, tuple[int, bool]]) -> None:
@@ -82,6 +82,13 @@ class _Replayed:
         first, last = max(offset, _SUPER), min(offset + len(view), _SUPER + _SUPER_SIZE)
         if first < last:
             view[first - offset : last - offset] = self._head[first - _SUPER : last - _SUPER]
+
+    def differs(self, offset: int, length: int) -> bool:
+        """Whether a range is another one than on the volume."""
+        first, last = offset // self._block, -(-(offset + length) // self._block)
+        if len(self._places) < last - first:
+            return any(first <= number < last for number in self._places)
+        return any(number in self._places for number in range(first, last))
 
     def _fill(self, offset: int, view: memoryview) -> None:
         self._volume.readinto(offset, view)

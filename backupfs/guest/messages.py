@@ -80,6 +80,12 @@ class ExtentsAnswer(msgspec.Struct, tag=True):
     extents: list[tuple[int, int, bool]]
 
 
+class RunsAnswer(msgspec.Struct, tag=True):
+    """Of `runs`: length and offset of each; None: there are none."""
+
+    runs: list[tuple[int, int | None]] | None
+
+
 class XattrsAnswer(msgspec.Struct, tag=True):
     """Of `xattrs`."""
 
@@ -93,7 +99,7 @@ class Failed(msgspec.Struct, tag=True):
     message: str
 
 
-Answer = Opened | StatAnswer | ListAnswer | BytesAnswer | ExtentsAnswer | XattrsAnswer | Failed
+Answer = Opened | StatAnswer | ListAnswer | BytesAnswer | ExtentsAnswer | RunsAnswer | XattrsAnswer | Failed
 FromChild = Need | Answer
 FromParent = Order | Ask | Part
 from_child = msgspec.msgpack.Decoder(FromChild)

@@ -7,17 +7,19 @@ import contextlib
 import functools
 import stat as st
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableSequence, Sequence
 from typing import Any
 
 import pytsk3
 
 from backupfs.errors import BackupfsError, GuestError, NotFound
 from backupfs.extents import Extent, coalesce
-from backupfs.filesystem import Entry, Stat
+from backupfs.filesystem import Entry, Run, Stat
 from backupfs.guest.detect import EXT, FAT, NTFS
 from backupfs.guest.ext_inode import ENCRYPT_FLAG, INLINE_FLAG, Inode, Inodes
+from backupfs.guest.ext_journal import Replayed
 from backupfs.image import Image
+from backupfs.units import KiB
 
 _MOST_ENTRIES = 1_000_000  # in a folder
 _LONGEST_LINK = 4096
@@ -32,6 +34,10 @@ _FIRST_USER_SEGMENT = 24  # of NTFS' master file table: before it is the file sy
 _OWN_SEGMENTS = frozenset(range(5)) | frozenset(range(6, _FIRST_USER_SEGMENT))  # 5 is the root
 _REPARSE_LINKS = {0xA000000C: 20, 0xA0000003: 16}  # symbolic link, junction: where the names begin
 _REPARSE_FILES = {0x80000017: "compressed by Windows (WOF)", 0x80000013: "deduplicated by Windows"}
+_TAIL = 64 * KiB
+_MOST_RUNS = 100_000
+_NOT_RESIDENT = int(pytsk3.TSK_FS_ATTR_NONRES)
+_STORED_OTHERWISE = int(pytsk3.TSK_FS_ATTR_COMP) | int(pytsk3.TSK_FS_ATTR_ENC)
 _FILLER = int(pytsk3.TSK_FS_ATTR_RUN_FLAG_FILLER)
 # Of ext a hole at the beginning or in the middle is a filler, the one at the end, or what was never written, is sparse.
 _HOLE = _FILLER | int(pytsk3.TSK_FS_ATTR_RUN_FLAG_SPARSE)
@@ -154,6 +160,11 @@ class TskFileSystem:
             found = list(coalesce(self._extents(self._open(inode), offset, offset + length)))
         return iter(found)
 
+    def runs(self, inode: int) -> Sequence[Run] | None:
+        with self._reading(f"inode {inode}"):
+            self._refuse_unreadable(inode)
+            return self._runs(self._open(inode))
+
     def readlink(self, inode: int) -> bytes:
         with self._reading(f"inode {inode}"):
             file = self._open(inode)
@@ -267,7 +278,7 @@ class TskFileSystem:
             tag, data = self._reparse_tag(file), _data(file)
             if tag in _REPARSE_FILES:
                 raise GuestError(f"inode {inode} is {_REPARSE_FILES[tag]}, which is not read")
-            if data is not None and int(data.info.flags) & int(pytsk3.TSK_FS_ATTR_ENC):
+            if data is not None and _flags(data) & int(pytsk3.TSK_FS_ATTR_ENC):
                 raise GuestError(f"inode {inode} is encrypted")
             if data is not None and any(int(run.flags) & _FILLER for run in data):
                 raise GuestError(f"inode {inode} is damaged: the places of a part of it are missing")
@@ -287,11 +298,7 @@ class TskFileSystem:
     def _extents(self, file: Any, offset: int, end: int) -> Iterator[Extent]:
         """Yield what is data and what is a hole, by the runs of the file's content."""
         data, block = _data(file), int(self._fs.info.block_size)
-        if (
-            data is None
-            or not int(data.info.flags) & int(pytsk3.TSK_FS_ATTR_NONRES)
-            or (int(data.info.flags) & int(pytsk3.TSK_FS_ATTR_COMP))
-        ):
+        if data is None or not _flags(data) & _NOT_RESIDENT or _flags(data) & int(pytsk3.TSK_FS_ATTR_COMP):
             yield Extent(offset, max(0, end - offset), False)
             return
         position = offset
@@ -303,6 +310,40 @@ class TskFileSystem:
                 yield Extent(begin, stop - begin, bool(int(run.flags) & _HOLE))
                 position = stop
         yield Extent(position, max(0, end - position), True)
+
+    def _runs(self, file: Any) -> Sequence[Run] | None:
+        data, block, end = _data(file), int(self._fs.info.block_size), int(file.info.meta.size)
+        if data is None or _flags(data) & _STORED_OTHERWISE or not _flags(data) & _NOT_RESIDENT:
+            return None
+        written = self._written(file, end)
+        if int(data.info.size) != end or (end and not written):
+            return None
+        found: MutableSequence[Run] = []
+        position = 0
+        for run in data:
+            first, size = int(run.offset) * block, min(int(run.len) * block, end - position)
+            if first != position or len(found) > _MOST_RUNS:
+                return None
+            stored = max(0, min(size, written - position)) if not int(run.flags) & _HOLE else 0
+            at = int(run.addr) * block
+            if stored and isinstance(self._image, Replayed) and self._image.differs(at, stored):
+                return None
+            _add(found, stored, at)
+            _add(found, size - stored, None)
+            position += size
+        _add(found, end - position, None)
+        return found
+
+    def _written(self, file: Any, size: int) -> int:
+        """Return behind which of a file's bytes there are only zeroes, 0: it can't be seen at once.
+
+        NTFS keeps how much of a file was ever written; what lies behind that on the disk is not the file's. The Sleuth
+        Kit knows, and pytsk3 does not tell: but what was read as other than zero was written, and all before it.
+        """
+        if self._family != NTFS:
+            return size
+        tail = bytes(file.read_random(max(0, size - _TAIL), min(size, _TAIL)))
+        return size - len(tail) + len(tail.rstrip(b"\0")) if tail.rstrip(b"\0") else 0
 
     # NTFS.
 
@@ -354,6 +395,23 @@ class TskFileSystem:
                     if len(content) != size:
                         raise GuestError(f"inode {inode}: a stream can't be read")
                     yield b"user." + bytes(attribute.info.name), content
+
+
+def _flags(attribute: Any) -> int:
+    return int(attribute.info.flags)
+
+
+def _add(runs: MutableSequence[Run], length: int, offset: int | None) -> None:
+    """Add a run, as a part of the last one if it goes on there."""
+    if length <= 0:
+        return
+    last = runs[-1] if runs else None
+    if last and last.offset is None and offset is None:
+        runs[-1] = Run(last.length + length, None)
+    elif last and last.offset is not None and last.offset + last.length == offset:
+        runs[-1] = Run(last.length + length, last.offset)
+    else:
+        runs.append(Run(length, offset))
 
 
 def _is_stream(attribute: Any) -> bool:

@@ -1,14 +1,14 @@
 """The files that a guest has on a disk of a point: which volumes there are, what is on each, and its file system."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 from backupfs.errors import BackupfsError, GuestError
-from backupfs.filesystem import FileSystem
+from backupfs.filesystem import FileSystem, Run
 from backupfs.guest.detect import Found, detect
 from backupfs.guest.scan import scan
-from backupfs.guest.volumes import Volume, assemble
-from backupfs.image import Image
+from backupfs.guest.volumes import JoinedImage, Volume, assemble
+from backupfs.image import Image, SliceImage, ZeroImage
 from backupfs.repository.repository import Repository
 from backupfs.services.guest_process import Crew, GuestFileSystem
 
@@ -61,6 +61,22 @@ class GuestVolume:
         if self._found.family is None:
             raise GuestError(f"{self.name}: {self.problem}")
         return GuestFileSystem(self.name, self._open_image(), self._found.family, self._found.kind, self._crew)
+
+    def file(self, runs: Sequence[Run]) -> Image:
+        """Return a file's content, as the volume has it.
+
+        Raises:
+            ValueError: there is no such run on the volume.
+            BackupfsError: the volume can't be read.
+        """
+        volume = self._open_image()
+        try:
+            # All are closed with the first that lies on the volume.
+            parts = [ZeroImage(r.length) if r.offset is None else SliceImage(volume, r.offset, r.length) for r in runs]
+            return JoinedImage([*parts, SliceImage(volume, 0, 0)])  # the last: something has to close the volume
+        except BaseException:
+            volume.close()
+            raise
 
 
 class GuestFiles:

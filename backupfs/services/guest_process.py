@@ -8,14 +8,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import msgspec
 
 from backupfs.errors import BackupfsError, ConnectError, GuestError, NotFound
 from backupfs.extents import Extent
-from backupfs.filesystem import Entry, Stat, shown
+from backupfs.filesystem import Entry, Run, Stat, shown
 from backupfs.guest import messages
 from backupfs.image import Image
 from backupfs.sources.child import Child
@@ -109,6 +109,15 @@ class GuestFileSystem:
             if len(part) < size:
                 break
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def runs(self, inode: int) -> Sequence[Run] | None:
+        rows = self._ask(messages.RunsAnswer, "runs", inode).runs
+        if rows is None:
+            return None
+        for length, offset in rows:
+            if length <= 0 or not (offset is None or 0 <= offset <= self._volume.size - length):
+                raise GuestError(f"{self._name}: inode {inode} is damaged: parts of it lie nowhere")
+        return [Run(length, offset) for length, offset in rows]
 
     def extents(self, inode: int, offset: int, length: int) -> Iterator[Extent]:
         position, end = offset, offset + length

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from backupfs.errors import NotFound
 from backupfs.fuse.catalogue import LIVE, DiskFile, PointEntry
-from backupfs.fuse.tree import Stale
+from backupfs.fuse.nodes import Stale
 from backupfs.image import Image
 from backupfs.repository import names
 from backupfs.sources.live import LiveDisk, check_uri

@@ -21,6 +21,7 @@ from backupfs.repository.manifest import DiskEntry
 from backupfs.repository.point import PointImage
 from backupfs.repository.repository import Repository
 from backupfs.services import background, hydrated
+from backupfs.services.guest_folders import GuestFolders
 from backupfs.services.live import Exports, LiveCatalogue, LiveDisks, check_exports
 from backupfs.services.overlay import OverlayImage
 from backupfs.services.scratch import Disk, ScratchFolder
@@ -41,6 +42,7 @@ class RepositoryCatalogue:
         self._live = live
         self._scratch = scratch
         self._volumes = Volumes()
+        self._guests = GuestFolders()
 
     def vms(self) -> Sequence[str]:
         """Return the names of the VMs."""
@@ -64,7 +66,8 @@ class RepositoryCatalogue:
         files.append(TextFile("point.json", self._repository.manifest_json(vm, point)))
         if manifest.domain_xml is not None:
             files.append(TextFile("domain.xml", manifest.domain_xml.encode()))
-        return PointEntry(time_of(point), files, self._volumes.folders(vm, point, disks))
+        folders, guests = self._volumes.folders(vm, point, disks), self._guests.folders(vm, point, disks)
+        return PointEntry(time_of(point), files, folders, guests)
 
     def usage(self) -> os.statvfs_result:
         """Return the use of the file system that the repository is on."""

@@ -7,7 +7,8 @@ import pytest
 
 from backupfs.errors import NotFound
 from backupfs.fuse.catalogue import LIVE, DiskFile, PointEntry
-from backupfs.fuse.tree import LATEST, LIVE_TIMEOUT_S, ROOT_INODE, Stale, Tree
+from backupfs.fuse.nodes import LIVE_TIMEOUT_S, ROOT_INODE, Stale
+from backupfs.fuse.tree import LATEST, Tree
 from backupfs.image import ZeroImage
 
 

@@ -9,19 +9,18 @@ import pytest
 
 from backupfs.errors import NotFound
 from backupfs.fuse.catalogue import DiskFile, Folder, PointEntry, TextFile
-from backupfs.fuse.tree import (
+from backupfs.fuse.nodes import (
     FILE_TIMEOUT_S,
     FRESH_TIMEOUT_S,
-    LATEST,
     ROOT_INODE,
     Inodes,
     PointFolder,
     Stale,
-    Tree,
     VmFolder,
     component,
     hash_node,
 )
+from backupfs.fuse.tree import LATEST, Tree
 from backupfs.image import ZeroImage
 
 S = 10**9

@@ -1,0 +1,122 @@
+"""Guests' files in the tree, over folders of this host; no mount."""
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from folder_files import FolderFiles, FolderVolume
+
+from backupfs.errors import BackupfsError, NotFound
+from backupfs.filesystem import Entry
+from backupfs.fuse.catalogue import GuestFolder, GuestVolume, PointEntry
+from backupfs.fuse.guest_volume import Unsound
+from backupfs.fuse.nodes import ROOT_INODE, GuestFile
+from backupfs.fuse.tree import Tree
+
+
+class Catalogue:
+    """One point with one disk."""
+
+    def __init__(self, volumes: Mapping[str, GuestVolume]) -> None:
+        self._volumes = volumes
+        self.open = 0
+
+    def vms(self) -> Sequence[str]:
+        return ["web"]
+
+    def points(self, vm: str) -> Mapping[str, int]:
+        return {"p": 1}
+
+    def point(self, vm: str, point: str) -> PointEntry:
+        if (vm, point) != ("web", "p"):
+            raise NotFound(point)
+        return PointEntry(1, [], guests=[GuestFolder("vda.files", "1", self.volumes, lambda v: f"vda.parts/{v}.raw")])
+
+    @contextlib.contextmanager
+    def volumes(self) -> Iterator[Mapping[str, GuestVolume]]:
+        self.open += 1
+        yield self._volumes
+        self.open -= 1
+
+    def usage(self) -> os.statvfs_result:
+        return os.statvfs("/")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> FolderFiles:
+    root = tmp_path / "guest"
+    (root / "etc/deep").mkdir(parents=True)
+    (root / "etc/hosts").write_bytes(b"127.0.0.1")
+    os.link(root / "etc/hosts", root / "etc/deep/again")
+    os.symlink("../etc/hosts", root / "link")
+    (root / os.fsdecode(b"odd\xff\n")).write_bytes(b"odd")
+    return FolderFiles(root, "the journal was not replayed")
+
+
+def walk(tree: Tree, *names: bytes) -> int:
+    inode = ROOT_INODE
+    for name in (b"web", b"p", b"vda.files", *names):
+        inode = tree.lookup(inode, name).inode
+    return inode
+
+
+def names(tree: Tree, *path: bytes) -> list[bytes]:
+    return sorted(e.name for e in tree.entries(walk(tree, *path))[2:])
+
+
+def test_names_numbers_and_attributes(files: FolderFiles) -> None:
+    tree = Tree(Catalogue({"1": FolderVolume(files)}))
+    assert names(tree) == [b"1", b"1.NOT-REPLAYED.txt"]
+    assert names(tree, b"1") == [b"etc", b"link", b"odd\xff\n"]
+    hosts, again = walk(tree, b"1", b"etc", b"hosts"), walk(tree, b"1", b"etc", b"deep", b"again")
+    assert hosts == again < 2**53
+    node = tree.inodes.node(hosts)
+    assert isinstance(node, GuestFile)
+    found = tree.attributes(hosts)
+    assert (found.mode, found.nlink, found.size) == (stat.S_IFREG | 0o644, 2, 9)
+    assert found.guest == files.stat(node.inode)
+    assert tree.target(walk(tree, b"1", b"link")) == b"../etc/hosts"
+    assert tree.guests.read(hosts, 4, 100) == b"0.0.1"
+    listed = {e.name: e.attributes for e in tree.entries(walk(tree, b"1", b"etc"))}
+    assert listed[b"hosts"] == found
+    for wrong in ((b"2",), (b"1", b"none"), (b"1", b"etc", b"hosts", b"x")):
+        with pytest.raises((BackupfsError, NotADirectoryError)):
+            walk(tree, *wrong)
+
+
+def test_notices(files: FolderFiles) -> None:
+    volumes = {"1": FolderVolume(files), "2": FolderVolume(None, "LUKS is not supported", "luks")}
+    tree = Tree(Catalogue(volumes))
+    note = tree.file(walk(tree, b"1.NOT-REPLAYED.txt"))
+    assert note.content == b"the journal was not replayed\n"  # type: ignore[union-attr]
+    assert names(tree, b"2") == [b"UNSUPPORTED.txt"]
+    said = tree.file(walk(tree, b"2", b"UNSUPPORTED.txt")).content  # type: ignore[union-attr]
+    assert b"LUKS is not supported" in said
+    assert b"mount -o ro,loop vda.parts/2.raw /mnt" in said
+
+
+def test_a_disk_is_closed_when_nobody_looks(files: FolderFiles) -> None:
+    catalogue = Catalogue({"1": FolderVolume(files)})
+    tree = Tree(catalogue)
+    hosts = walk(tree, b"1", b"etc", b"hosts")
+    tree.guests.disks.close_idle()
+    assert (catalogue.open, files.closed) == (1, False)
+    tree.guests.disks.close_idle(0)
+    assert (catalogue.open, files.closed) == (0, True)
+    assert tree.guests.read(hosts, 0, 9) == b"127.0.0.1"  # by its number
+
+
+def test_what_a_damaged_file_system_says_is_refused(files: FolderFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = Tree(Catalogue({"1": FolderVolume(files)}))
+    hosts, root = walk(tree, b"1", b"etc", b"hosts"), files.stat(files.root)
+    monkeypatch.setattr(files, "read", lambda *_: b"12")
+    with pytest.raises(Unsound):
+        tree.guests.read(hosts, 0, 9)
+    for name in (b"", b"..", b"a/b", b"a\0b", b"x" * 1025):
+        tree.guests.disks.close_idle(0)
+        monkeypatch.setattr(files, "list", lambda _, name=name: [Entry(name, root)])
+        with pytest.raises(Unsound):
+            tree.entries(walk(tree, b"1"))
