@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from backupfs.errors import BackupfsError, NotFound
+from backupfs.filesystem import FileSystem
 from backupfs.fuse.catalogue import GuestFolder, GuestVolume
 from backupfs.fuse.guest_volume import Volume
 from backupfs.fuse.nodes import DiskFiles, VolumeFolder
@@ -70,7 +71,15 @@ class Disk:
         self.context.callback(fs.close)
         for note in fs.notes:
             log.warning("%s/%s: %s", self.folder.name, name, note)
-        return Volume(fs, volume.file)
+        return Volume(fs, volume.file, has_labels=_has_labels(fs))
+
+
+def _has_labels(fs: FileSystem) -> bool:
+    """Whether SELinux has been here: its first folder has a label then."""
+    try:
+        return b"security.selinux" in fs.xattrs(fs.root)
+    except BackupfsError:
+        return True
 
 
 class Disks:

@@ -22,8 +22,8 @@ from backupfs.fuse.catalogue import DiskFile, GuestFolder, TextFile
 from backupfs.fuse.guest_disks import Disk, Disks
 from backupfs.fuse.guest_volume import Volume, sound
 from backupfs.fuse.nodes import (
-    FILE_TIMEOUT_S,
     FRESH_TIMEOUT_S,
+    GUEST_TIMEOUT_S,
     Attributes,
     DiskFiles,
     Entry,
@@ -154,6 +154,13 @@ class GuestTree:
         with self.disks.volume(node.volume) as volume:
             return volume.image(runs)
 
+    def has_labels(self, node: GuestNode) -> bool:
+        """Whether something in the same file system may have an SELinux label. Does not block."""
+        if isinstance(node, GuestFile | VolumeFolder):
+            volume = self.disks.at_hand(node.volume if isinstance(node, GuestFile) else node)
+            return volume is None or volume.has_labels
+        return False
+
     def is_bare(self, node: GuestNode) -> bool:
         """Whether something is known to have no extended attributes. Does not block."""
         if isinstance(node, GuestFile | VolumeFolder):
@@ -262,7 +269,7 @@ class GuestTree:
         mode = found.mode
         if isinstance(node, VolumeFolder) and not stat.S_ISDIR(mode):
             raise NotFound("the first folder is no folder")
-        number, timeout = self._inodes.number(node), FILE_TIMEOUT_S
+        number, timeout = self._inodes.number(node), GUEST_TIMEOUT_S
         return Attributes(number, mode, found.nlink, found.size, found.allocated, found.mtime_ns, timeout, found)
 
     def _own(self, node: DiskFiles | VolumeFolder, time_ns: int) -> Attributes:

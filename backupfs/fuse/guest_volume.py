@@ -35,10 +35,12 @@ class Volume:
     Args:
         fs: closed by who opened it.
         image: returns what lies at a place of the volume; to be closed.
+        has_labels: whether its files may have SELinux labels.
     """
 
     fs: FileSystem
     image: Callable[[Sequence[Run]], Image]
+    has_labels: bool = True
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _folders: dict[int, Mapping[bytes, Stat]] = field(default_factory=dict)
     _names: int = 0  # in _folders

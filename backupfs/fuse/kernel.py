@@ -16,6 +16,7 @@ WRITE: Final = 16
 GETXATTR: Final = 22
 LISTXATTR: Final = 23
 INIT: Final = 26
+OPENDIR: Final = 27
 READDIR: Final = 28
 INTERRUPT: Final = 36
 FALLOCATE: Final = 43
@@ -31,6 +32,8 @@ lives, and INTERRUPT asks whether a request could be answered sooner."""
 # struct fuse_read_in (of READ and READDIR), fuse_write_in and fuse_lseek_in have in common: fh, offset, size or whence.
 REQUEST = struct.Struct("=4xIQ24xQQI")
 """opcode, unique, file handle, offset, size or whence; the last three only where the opcode has them."""
+INODE = struct.Struct("=16xQ")
+"""What a request is about."""
 SIZE_AT = 56
 """Where `size` stands in a READDIR."""
 SIZE = struct.Struct("=I")
@@ -70,6 +73,8 @@ INIT_REQUEST = struct.Struct("=40x12xII")
 INIT_FLAGS_AT, INIT_FLAGS2_AT = 16 + 12, 16 + 32
 INIT_FLAGS2 = struct.Struct("=II")
 """flags2, max_stack_depth."""
+CACHE_SYMLINKS: Final = 1 << 23
+"""In flags: the kernel may keep the targets of symbolic links."""
 INIT_EXT: Final = 1 << 30
 """In flags: flags2 counts."""
 PASSTHROUGH: Final = 1 << (37 - 32)
@@ -80,6 +85,8 @@ OPEN_ANSWER = struct.Struct("=16xQIi")
 OPEN_FLAGS_AT = 16 + 8
 OPEN_FLAGS = struct.Struct("=Ii")
 """open_flags, backing_id."""
+FOPEN_KEEP_CACHE: Final = 1 << 1
+FOPEN_CACHE_DIR: Final = 1 << 3
 FOPEN_NOFLUSH: Final = 1 << 5
 FOPEN_PASSTHROUGH: Final = 1 << 7
 

@@ -34,6 +34,7 @@ import trio
 
 from backupfs.errors import BackupfsError
 from backupfs.fuse import kernel
+from backupfs.fuse.amend import Amender
 from backupfs.fuse.kernel import ANSWER, ANSWER_SIZE, LSEEK_ANSWER, REQUEST, WRITE_ANSWER
 from backupfs.fuse.passthrough import Passthrough
 from backupfs.fuse.workers import File, Held, Job, Workers
@@ -44,8 +45,9 @@ log = logging.getLogger(__name__)
 _SECTOR = 512  # READs of other sizes are rare
 _LARGEST_LISTING = 128 << 10  # bytes of a READDIR's answer: it has to fit into a message
 _MESSAGES = 4 << 20  # bytes that the pair holds, if that is allowed
+_BARE = 50_000  # inodes of which it is remembered that they have no extended attributes
 _GONE = (errno.ENOENT, errno.ENODEV)  # nobody waits for the answer any more; unmounted
-_ATTRIBUTES = b"user.backupfs."
+_ATTRIBUTES, _LABEL = b"user.backupfs.", b"security.selinux\0"
 _NOT_A_REQUEST = (errno.ENOENT, errno.EINTR, errno.EAGAIN)  # interrupted before it was read
 
 
@@ -63,6 +65,12 @@ class Others(Protocol):
 
         From any thread; does not block.
         """
+
+    def has_labels(self, inode: int) -> bool:
+        """Whether others in the same file system may have an SELinux label. From any thread; does not block."""
+
+    def is_constant(self, inode: int) -> bool:
+        """Whether what is in a folder never changes. From any thread; does not block."""
 
     def complain(self, inode: int, doing: str, error: Exception) -> None:
         """Log an error. From any thread."""
@@ -111,6 +119,7 @@ class Lane:
         self._late: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._files: dict[int, File] = {}
         self._workers = Workers(self._work)
+        self._bare: dict[int, int] = {}  # inodes without extended attributes: the errno for an SELinux label
         self._in_image: File | None = None  # that the reader thread looks at
         self._memory = memoryview(mmap.mmap(-1, mmap.PAGESIZE + kernel.MAX_READ))  # for the reader thread's answers
         self._prepared: dict[int, _Answer] = {}  # by the size of the READ
@@ -126,6 +135,7 @@ class Lane:
             on_end: called on the trio thread when the mount is gone, maybe several times, but not after `finish`.
         """
         self._others = others
+        self._amender = Amender(self.passthrough, self._backing_of, others.is_constant)
         self._token = trio.lowlevel.current_trio_token()
         self._on_answering, self._on_end = on_answering, on_end
         for target in (self._serve, self._relay, self._post):
@@ -165,7 +175,10 @@ class Lane:
 
     def refuse(self, unique: int, code: int) -> None:
         """Answer with an errno."""
-        self._write(unique, [ANSWER.pack(ANSWER_SIZE, -code, unique)])
+        try:
+            os.write(self._device, ANSWER.pack(ANSWER_SIZE, -code, unique))
+        except OSError as e:
+            self._not_taken(unique, e)
 
     def _write(self, unique: int, buffers: Sequence[Buffer | bytes]) -> OSError | None:
         try:
@@ -210,8 +223,8 @@ class Lane:
                     self._take_write(unique, handle, offset, view[kernel.DATA_AT : length], size)
                 elif opcode == kernel.FALLOCATE:
                     self._take_fallocate(unique, handle, offset, request)
-                elif opcode in (kernel.GETXATTR, kernel.LISTXATTR) and self._has_none(opcode, request):
-                    self._answer_none(opcode, unique, request)
+                elif opcode in (kernel.GETXATTR, kernel.LISTXATTR) and (code := self._lacks(opcode, request)):
+                    self._answer_lacking(opcode, unique, request, code)
                 elif opcode not in kernel.UNANSWERED:
                     self._amend(opcode, unique, request, size)
                     self._pass_on(view[:length])
@@ -221,18 +234,28 @@ class Lane:
                     log.error("request %d of type %d failed: %r", unique, opcode, e)
                 self.refuse(unique, errno.ENOTCONN if self._ending else errno.EIO)
 
-    def _has_none(self, opcode: int, request: bytearray) -> bool:
-        """Whether there is no such extended attribute. `ls -l` asks for several of each name, and the kernel for
-        security.capability before each write(2).
+    def _lacks(self, opcode: int, request: bytearray) -> int:
+        """Return the errno that says that there is no such extended attribute, if it is known that there is none, or 0.
+
+        `ls -l` asks for several of each name, and the kernel for security.capability before each write(2).
         """
         inode, _ = kernel.XATTR_REQUEST.unpack_from(request)
-        if opcode == kernel.GETXATTR:
-            return self._others.lacks_xattrs(inode, ours=request.startswith(_ATTRIBUTES, kernel.XATTR_AT))
-        return self._others.lacks_xattrs(inode, ours=True) and self._others.lacks_xattrs(inode, ours=False)
+        found = self._bare.get(inode)
+        if found is None:
+            if not self._others.lacks_xattrs(inode, ours=False):
+                return 0
+            if not self._others.lacks_xattrs(inode, ours=True):
+                ours = opcode == kernel.LISTXATTR or request.startswith(_ATTRIBUTES, kernel.XATTR_AT)
+                return 0 if ours else errno.ENODATA
+            if len(self._bare) >= _BARE:
+                self._bare.clear()
+            # `ls` asks for no more labels then.
+            found = self._bare[inode] = errno.ENODATA if self._others.has_labels(inode) else errno.EOPNOTSUPP
+        return found if request.startswith(_LABEL, kernel.XATTR_AT) else errno.ENODATA
 
-    def _answer_none(self, opcode: int, unique: int, request: bytearray) -> None:
+    def _answer_lacking(self, opcode: int, unique: int, request: bytearray, code: int) -> None:
         if opcode == kernel.GETXATTR:
-            self.refuse(unique, errno.ENODATA)
+            self.refuse(unique, code)
         elif kernel.XATTR_REQUEST.unpack_from(request)[1]:
             self.answer(unique, [], 0)
         else:
@@ -242,8 +265,8 @@ class Lane:
     def _amend(self, opcode: int, unique: int, request: bytearray, size: int) -> None:
         if opcode in (kernel.READDIR, kernel.READDIRPLUS):
             kernel.SIZE.pack_into(request, kernel.SIZE_AT, min(size, _LARGEST_LISTING))
-        elif opcode in (kernel.OPEN, kernel.INIT):
-            self.passthrough.note(opcode, unique, request)
+        elif opcode in (kernel.OPEN, kernel.OPENDIR, kernel.INIT):
+            self._amender.note(opcode, unique, request)
 
     def _pass_on(self, request: memoryview) -> None:
         try:
@@ -420,7 +443,7 @@ class Lane:
                 length = self._pair.recv_into(buffer)
                 if not length:
                     return
-                self.passthrough.amend(buffer, self._backing_of)
+                self._amender.amend(buffer)
                 os.write(self._device, view[:length])
                 if not number:
                     self._on_answering()

@@ -19,6 +19,8 @@ ROOT_INODE = 1
 
 FILE_TIMEOUT_S = 300.0
 """How long the kernel may believe a disk's attributes and name: its content never changes."""
+GUEST_TIMEOUT_S = 3600.0
+"""The same for a guest's files, of which there are many: the folder that they are in is looked up again much sooner."""
 FRESH_TIMEOUT_S = 1.0
 """The same for what changes while mounted: folders grow, `latest` moves, `point.json` is edited."""
 LIVE_TIMEOUT_S = 0.0
@@ -48,9 +50,10 @@ class VmFolder:
 
 @dataclass(frozen=True, slots=True)
 class LatestLink:
-    """The link to a VM's newest point."""
+    """The link to a VM's newest point. When there is a newer one it is another node: none ever changes."""
 
     vm: str
+    target: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -331,6 +331,12 @@ class Operations(pyfuse3.Operations):
     def lacks_xattrs(self, inode: int, *, ours: bool) -> bool:
         return self._tree.lacks_xattrs(inode, ours=ours)
 
+    def has_labels(self, inode: int) -> bool:
+        return self._tree.has_labels(inode)
+
+    def is_constant(self, inode: int) -> bool:
+        return self._tree.is_constant(inode)
+
     def complain(self, inode: int, doing: str, error: Exception) -> None:
         self.complaints.say(self.subject(inode), doing, error)
 

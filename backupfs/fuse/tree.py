@@ -93,7 +93,7 @@ class Tree:
                 if text in self.catalogue.vms():
                     return self._attributes(VmFolder(text))
             case VmFolder(vm):
-                return self._attributes(LatestLink(vm) if name == LATEST else PointFolder(vm, text))
+                return self._attributes(self._latest(vm) if name == LATEST else PointFolder(vm, text))
             case PointFolder(vm, point):
                 entry = self.catalogue.point(vm, point)
                 for node in (*_files(vm, point, "", entry), *_folders(vm, point, entry)):
@@ -125,7 +125,7 @@ class Tree:
             case VmFolder(vm):
                 points = self._points(vm)
                 if points:
-                    found.append(Entry(LATEST, self._link(LatestLink(vm), points)))
+                    found.append(Entry(LATEST, self._link(LatestLink(vm, _newest(vm, points)), points)))
                 if LIVE in self.catalogue.points(vm):
                     found.append(self._entry(LIVE, PointFolder(vm, LIVE)))
                 found += (Entry(p.encode(), self._point_folder(PointFolder(vm, p), t)) for p, t in points.items())
@@ -145,7 +145,7 @@ class Tree:
             return self.guests.target(link)
         if not isinstance(link, LatestLink):
             raise NotFound(f"{self.describe(inode)} is no link")
-        return _newest(link.vm, self._points(link.vm)).encode()
+        return link.target.encode()
 
     def file(self, inode: int) -> DiskFile | TextFile | None:
         """Return a file's content; None: a guest's, and it has to be asked for with `guests.read` and `guests.seek`.
@@ -195,6 +195,18 @@ class Tree:
         if isinstance(node, GuestNode):
             return self.guests.is_bare(node)
         return not (ours and isinstance(node, File))
+
+    def has_labels(self, inode: int) -> bool:
+        """Whether something in the same file system may have an SELinux label. Does not block."""
+        node = self.inodes.node(inode)
+        return isinstance(node, GuestNode) and self.guests.has_labels(node)
+
+    def is_constant(self, inode: int) -> bool:
+        """Whether what is in a folder never changes: in a guest's, below the first. Does not block."""
+        try:
+            return isinstance(self.inodes.node(inode), GuestFile)
+        except Stale:
+            return False
 
     def guest_xattrs(self, inode: int) -> Mapping[bytes, bytes]:
         """Return the extended attributes of something of a guest. Raises NotFound, BackupfsError."""
@@ -288,10 +300,14 @@ class Tree:
         number = self.inodes.number(node)
         return Attributes(number, self._folder_mode, 2 + folders_inside, 0, 0, time_ns, FRESH_TIMEOUT_S)
 
+    def _latest(self, vm: str) -> LatestLink:
+        return LatestLink(vm, _newest(vm, self._points(vm)))
+
     def _link(self, node: LatestLink, points: Mapping[str, int]) -> Attributes:
-        newest = _newest(node.vm, points)
-        mode = stat.S_IFLNK | 0o777
-        return Attributes(self.inodes.number(node), mode, 1, len(newest.encode()), 0, points[newest], FRESH_TIMEOUT_S)
+        if node.target not in points:
+            raise Stale(f"{node.vm}/{node.target} is gone")
+        number, mode, size = self.inodes.number(node), stat.S_IFLNK | 0o777, len(node.target.encode())
+        return Attributes(number, mode, 1, size, 0, points[node.target], FRESH_TIMEOUT_S)
 
 
 def _inside(entry: PointEntry, folder: str) -> Sequence[DiskFile | TextFile]:

@@ -40,6 +40,9 @@ class ShortImage(BytesImage):
         return False
 
 
+BARE, LABELLED = 77, 78  # inodes without extended attributes; beside files with labels
+
+
 class Device:
     """The kernel's side, pyfuse3's side, and who else answers, on a trio thread."""
 
@@ -65,6 +68,15 @@ class Device:
     def start_read(self, unique: int, handle: int, offset: int, size: int) -> None:
         content = repr((handle, offset, size)).encode()
         self.lane.answer(unique, [content], len(content))
+
+    def lacks_xattrs(self, inode: int, *, ours: bool) -> bool:
+        return inode in (BARE, LABELLED) or not ours
+
+    def has_labels(self, inode: int) -> bool:
+        return inode == LABELLED
+
+    def is_constant(self, inode: int) -> bool:
+        return inode == BARE
 
     def start_seek(self, unique: int, handle: int, offset: int, whence: int) -> None:
         self.lane.answer_seek(unique, offset + whence)
