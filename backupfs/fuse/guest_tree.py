@@ -141,14 +141,22 @@ class GuestTree:
 
     def file(self, node: GuestFile) -> DiskFile | TextFile | None:
         """Return a file's content; None: it has to be asked for with `read` and `seek`. Raises BackupfsError."""
+        content = self.small_content(node)
+        if content is not None:
+            return TextFile("", content)
         with self.disks.volume(node.volume) as volume:
-            found = volume.stat(node.inode)
-            if found.size <= _AT_HAND and found.size <= max(found.allocated, _SMALL):
-                return TextFile("", volume.read(node.inode, 0, found.size))
-            runs = volume.runs(node.inode)
+            found, runs = volume.stat(node.inode), volume.runs(node.inode)
         if runs is None:
             return None
         return DiskFile("", found.size, found.allocated, "", {}, open=partial(self._open, node, runs))
+
+    def small_content(self, node: GuestFile) -> bytes | None:
+        """Return a file's content; None: it is too large for that, or sparse. Raises BackupfsError."""
+        with self.disks.volume(node.volume) as volume:
+            found = volume.stat(node.inode)
+            if found.size <= _AT_HAND and found.size <= max(found.allocated, _SMALL):
+                return volume.read(node.inode, 0, found.size)
+        return None
 
     def _open(self, node: GuestFile, runs: Sequence[Run]) -> Image:
         with self.disks.volume(node.volume) as volume:

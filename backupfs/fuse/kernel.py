@@ -13,6 +13,7 @@ FORGET: Final = 2
 OPEN: Final = 14
 READ: Final = 15
 WRITE: Final = 16
+RELEASE: Final = 18
 GETXATTR: Final = 22
 LISTXATTR: Final = 23
 INIT: Final = 26
@@ -48,6 +49,9 @@ XATTR_AT = 48
 XATTR_REQUEST = struct.Struct("=16xQ16xI")
 """inode, size of a GETXATTR or LISTXATTR; size 0: only the size of the answer is wanted."""
 
+OPEN_REQUEST = struct.Struct("=16xQ16xI")
+"""inode, flags of an OPEN."""
+
 # struct fuse_out_header: len, error (negative), unique.
 ANSWER = struct.Struct("=IiQ")
 ANSWER_SIZE = ANSWER.size
@@ -81,7 +85,7 @@ PASSTHROUGH: Final = 1 << (37 - 32)
 """In flags2: the kernel may read files from other files by itself."""
 
 # struct fuse_open_out, behind the header: fh, open_flags, backing_id.
-OPEN_ANSWER = struct.Struct("=16xQIi")
+OPEN_ANSWER = struct.Struct("=IiQQIi")
 OPEN_FLAGS_AT = 16 + 8
 OPEN_FLAGS = struct.Struct("=Ii")
 """open_flags, backing_id."""

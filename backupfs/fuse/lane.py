@@ -35,6 +35,7 @@ import trio
 from backupfs.errors import BackupfsError
 from backupfs.fuse import kernel
 from backupfs.fuse.amend import Amender
+from backupfs.fuse.guest_lane import GuestLane, Guests
 from backupfs.fuse.kernel import ANSWER, ANSWER_SIZE, LSEEK_ANSWER, REQUEST, WRITE_ANSWER
 from backupfs.fuse.passthrough import Passthrough
 from backupfs.fuse.workers import File, Held, Job, Workers
@@ -45,13 +46,11 @@ log = logging.getLogger(__name__)
 _SECTOR = 512  # READs of other sizes are rare
 _LARGEST_LISTING = 128 << 10  # bytes of a READDIR's answer: it has to fit into a message
 _MESSAGES = 4 << 20  # bytes that the pair holds, if that is allowed
-_BARE = 50_000  # inodes of which it is remembered that they have no extended attributes
 _GONE = (errno.ENOENT, errno.ENODEV)  # nobody waits for the answer any more; unmounted
-_ATTRIBUTES, _LABEL = b"user.backupfs.", b"security.selinux\0"
 _NOT_A_REQUEST = (errno.ENOENT, errno.EINTR, errno.EAGAIN)  # interrupted before it was read
 
 
-class Others(Protocol):
+class Others(Guests, Protocol):
     """Who answers what the lane does not. Called on the trio thread; each call leads to one answer or refusal."""
 
     def start_read(self, unique: int, handle: int, offset: int, size: int) -> None:
@@ -59,15 +58,6 @@ class Others(Protocol):
 
     def start_seek(self, unique: int, handle: int, offset: int, whence: int) -> None:
         """Begin to answer an LSEEK."""
-
-    def lacks_xattrs(self, inode: int, *, ours: bool) -> bool:
-        """Whether it is known that something has no extended attributes; `ours`: no `user.backupfs.*`, else no others.
-
-        From any thread; does not block.
-        """
-
-    def has_labels(self, inode: int) -> bool:
-        """Whether others in the same file system may have an SELinux label. From any thread; does not block."""
 
     def is_constant(self, inode: int) -> bool:
         """Whether what is in a folder never changes. From any thread; does not block."""
@@ -118,8 +108,7 @@ class Lane:
         self.session = theirs.detach()
         self._late: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._files: dict[int, File] = {}
-        self._workers = Workers(self._work)
-        self._bare: dict[int, int] = {}  # inodes without extended attributes: the errno for an SELinux label
+        self._workers: Workers[File, Job] = Workers(self._work)
         self._in_image: File | None = None  # that the reader thread looks at
         self._memory = memoryview(mmap.mmap(-1, mmap.PAGESIZE + kernel.MAX_READ))  # for the reader thread's answers
         self._prepared: dict[int, _Answer] = {}  # by the size of the READ
@@ -135,6 +124,7 @@ class Lane:
             on_end: called on the trio thread when the mount is gone, maybe several times, but not after `finish`.
         """
         self._others = others
+        self._guests = GuestLane(others, self._files, self._give, self._pass_on)
         self._amender = Amender(self.passthrough, self._backing_of, others.is_constant)
         self._token = trio.lowlevel.current_trio_token()
         self._on_answering, self._on_end = on_answering, on_end
@@ -187,6 +177,15 @@ class Lane:
             return self._not_taken(unique, e)
         return None
 
+    def _give(self, unique: int, buffers: Sequence[Buffer | bytes]) -> bool:
+        """Give the kernel an answer; return whether it took it."""
+        try:
+            os.writev(self._device, buffers)
+        except OSError as e:
+            self._not_taken(unique, e)
+            return False
+        return True
+
     def _not_taken(self, unique: int, error: OSError) -> OSError | None:
         """Make sure that a request is answered whose answer failed. Returns the error if it is one."""
         if error.errno in _GONE:
@@ -223,9 +222,9 @@ class Lane:
                     self._take_write(unique, handle, offset, view[kernel.DATA_AT : length], size)
                 elif opcode == kernel.FALLOCATE:
                     self._take_fallocate(unique, handle, offset, request)
-                elif opcode in (kernel.GETXATTR, kernel.LISTXATTR) and (code := self._lacks(opcode, request)):
-                    self._answer_lacking(opcode, unique, request, code)
-                elif opcode not in kernel.UNANSWERED:
+                elif self._guests.take(opcode, unique, handle, view[:length]) or opcode in kernel.UNANSWERED:
+                    continue
+                else:
                     self._amend(opcode, unique, request, size)
                     self._pass_on(view[:length])
             except Exception as e:  # noqa: BLE001, nothing may end the thread
@@ -234,41 +233,13 @@ class Lane:
                     log.error("request %d of type %d failed: %r", unique, opcode, e)
                 self.refuse(unique, errno.ENOTCONN if self._ending else errno.EIO)
 
-    def _lacks(self, opcode: int, request: bytearray) -> int:
-        """Return the errno that says that there is no such extended attribute, if it is known that there is none, or 0.
-
-        `ls -l` asks for several of each name, and the kernel for security.capability before each write(2).
-        """
-        inode, _ = kernel.XATTR_REQUEST.unpack_from(request)
-        found = self._bare.get(inode)
-        if found is None:
-            if not self._others.lacks_xattrs(inode, ours=False):
-                return 0
-            if not self._others.lacks_xattrs(inode, ours=True):
-                ours = opcode == kernel.LISTXATTR or request.startswith(_ATTRIBUTES, kernel.XATTR_AT)
-                return 0 if ours else errno.ENODATA
-            if len(self._bare) >= _BARE:
-                self._bare.clear()
-            # `ls` asks for no more labels then.
-            found = self._bare[inode] = errno.ENODATA if self._others.has_labels(inode) else errno.EOPNOTSUPP
-        return found if request.startswith(_LABEL, kernel.XATTR_AT) else errno.ENODATA
-
-    def _answer_lacking(self, opcode: int, unique: int, request: bytearray, code: int) -> None:
-        if opcode == kernel.GETXATTR:
-            self.refuse(unique, code)
-        elif kernel.XATTR_REQUEST.unpack_from(request)[1]:
-            self.answer(unique, [], 0)
-        else:
-            answer = kernel.XATTR_SIZE_ANSWER
-            self._write(unique, [answer.pack(answer.size, 0, unique, 0)])
-
     def _amend(self, opcode: int, unique: int, request: bytearray, size: int) -> None:
         if opcode in (kernel.READDIR, kernel.READDIRPLUS):
             kernel.SIZE.pack_into(request, kernel.SIZE_AT, min(size, _LARGEST_LISTING))
         elif opcode in (kernel.OPEN, kernel.OPENDIR, kernel.INIT):
             self._amender.note(opcode, unique, request)
 
-    def _pass_on(self, request: memoryview) -> None:
+    def _pass_on(self, request: memoryview | bytes) -> None:
         try:
             self._pair.send(request, socket.MSG_DONTWAIT)
         except BlockingIOError:  # thousands wait for pyfuse3; those who read need not
@@ -466,7 +437,7 @@ class Lane:
     @property
     def reading(self) -> bool:
         """Whether a thread is in an image."""
-        return self._in_image is not None or self._workers.busy
+        return self._in_image is not None or self._workers.busy or self._guests.busy
 
     def give_up(self) -> None:
         """Leave the device to libfuse, which did not take its end of the pair for it. Instead of `start`."""
@@ -483,8 +454,9 @@ class Lane:
         with contextlib.suppress(OSError):
             self._pair.shutdown(socket.SHUT_RDWR)
         self._late.put(None)
-        if not self._workers.busy:
-            self._workers.end()
+        for threads in (self._workers, self._guests):
+            if not threads.busy:
+                threads.end()
         for thread in self._threads:
             thread.join(1)
         if not self._workers.busy and not any(thread.is_alive() for thread in self._threads):

@@ -334,6 +334,12 @@ class Operations(pyfuse3.Operations):
     def has_labels(self, inode: int) -> bool:
         return self._tree.has_labels(inode)
 
+    def disk_of(self, inode: int) -> int | None:
+        return self._tree.guest_number(inode)
+
+    def small_content(self, inode: int) -> bytes | None:
+        return self._tree.small_content(inode)
+
     def is_constant(self, inode: int) -> bool:
         return self._tree.is_constant(inode)
 

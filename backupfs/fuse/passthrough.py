@@ -69,7 +69,7 @@ class Passthrough:
             kernel.INIT_FLAGS2.pack_into(answer, kernel.INIT_FLAGS2_AT, flags2, _STACK_DEPTH)
             self._agreed = True
             return
-        handle, _, _ = kernel.OPEN_ANSWER.unpack_from(answer)
+        handle = kernel.OPEN_ANSWER.unpack_from(answer)[3]
         backing = backing_of(handle)
         if backing:
             # The kernel refuses KEEP_CACHE beside it. A FLUSH would make close(2) fail when the mount is gone.

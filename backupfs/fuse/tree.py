@@ -183,6 +183,19 @@ class Tree:
                 return disk
         return None
 
+    def guest_number(self, inode: int) -> int | None:
+        """Return the number of the disk that a guest's file is on; None: it is none. Does not block."""
+        try:
+            node = self.inodes.node(inode)
+        except Stale:
+            return None
+        return self.inodes.number(node.volume.disk) if isinstance(node, GuestFile) else None
+
+    def small_content(self, inode: int) -> bytes | None:
+        """Return the content of a guest's file, None: it is too large for that. Raises Stale, BackupfsError."""
+        node = self.inodes.node(inode)
+        return self.guests.small_content(node) if isinstance(node, GuestFile) else None
+
     def lacks_xattrs(self, inode: int, *, ours: bool) -> bool:
         """Whether it is known that something has no extended attributes; `ours`: none of backupfs, else no others.
 

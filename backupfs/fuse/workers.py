@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from backupfs.errors import BackupfsError
 from backupfs.extents import coalesce
@@ -54,14 +54,18 @@ class File:
         self.held = held
         self.image: Image = held.image
         self.size = self.image.size
-        self.content = self.image.content if isinstance(self.image, BytesImage) else None
         self.jobs = 0  # that a worker has or is to take
         self.closed = False
         self.at_once: Callable[[int, list[memoryview]], bool] = lambda _offset, _into: False
         self.gather: Callable[[int, int], Sequence[Buffer | bytes]] = self._read
-        if isinstance(self.image, Gatherer):
-            self.at_once, self.gather = self.image.at_once, self.image.gather
-        self.writable = self.image if isinstance(self.image, Writable) else None
+        self.content: bytes | None = None
+        self.writable: Writable | None = None
+        if isinstance(self.image, BytesImage):
+            self.content = self.image.content
+        else:  # these are slow: what else is small is opened often
+            if isinstance(self.image, Gatherer):
+                self.at_once, self.gather = self.image.at_once, self.image.gather
+            self.writable = self.image if isinstance(self.image, Writable) else None
         self._data = 0, 0  # offset and end of data that is known: programs ask for its end from everywhere in it
         self._known = _Window(0, 0, [], [])
 
@@ -125,40 +129,53 @@ class Job:
     data: bytes = b""
 
 
-class _Waiting:
-    """The jobs of one image that nobody does yet. Each of its tickets in the queue lets a worker do one of them."""
+class Subject(Protocol):
+    """What jobs are about."""
+
+    inode: int
+    jobs: int  # that a worker has or is to take
+
+
+S = TypeVar("S", bound=Subject)
+J = TypeVar("J")
+
+
+class _Waiting(Generic[S, J]):
+    """The jobs of one subject that nobody does yet. Each of its tickets in the queue lets a worker do one of them."""
 
     def __init__(self) -> None:
-        self.jobs: deque[tuple[File, Job]] = deque()
+        self.jobs: deque[tuple[S, J]] = deque()
         self.queued = 0  # tickets
         self.working = 0  # tickets that a worker has
 
 
-class Workers:
+class Workers(Generic[S, J]):
     """Does jobs.
 
     Args:
         answer: answers a request, whatever happens; called in a thread.
+        name: of the threads.
     """
 
-    def __init__(self, answer: Callable[[File, Job], None]) -> None:
+    def __init__(self, answer: Callable[[S, J], None], name: str = "lane-worker") -> None:
         self._answer = answer
+        self._name = name
         self._lock = threading.Lock()
         self._tickets = 0  # in the queue, or with a worker
         self._threads = 0
-        self._queue: queue.SimpleQueue[tuple[int, _Waiting] | None] = queue.SimpleQueue()
-        self._waiting: dict[int, _Waiting] = {}  # by inode
+        self._queue: queue.SimpleQueue[tuple[int, _Waiting[S, J]] | None] = queue.SimpleQueue()
+        self._waiting: dict[int, _Waiting[S, J]] = {}  # by inode
 
     @property
     def busy(self) -> bool:
         """Whether there are jobs."""
         return self._tickets > 0
 
-    def submit(self, file: File, job: Job) -> None:
+    def submit(self, file: S, job: J) -> None:
         """Have a job done. Raises RuntimeError: no thread can be started; the job is not taken."""
         with self._lock:
             if self._tickets >= self._threads and self._threads < WORKERS:
-                threading.Thread(target=self._work, name=f"lane-worker-{self._threads}", daemon=True).start()
+                threading.Thread(target=self._work, name=f"{self._name}-{self._threads}", daemon=True).start()
                 self._threads += 1
             waiting = self._waiting.setdefault(file.inode, _Waiting())
             waiting.jobs.append((file, job))

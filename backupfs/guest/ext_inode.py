@@ -6,16 +6,18 @@ Source of all layouts: Linux, fs/ext4/ext4.h, fs/ext4/xattr.h, fs/ext4/acl.h.
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from backupfs.errors import GuestError, NotFound
 from backupfs.guest.reading import read
 from backupfs.image import Image
 
 _SUPER = 1024
-_INODE = struct.Struct("<HHIIIIIHHII")  # up to i_flags
-_EXTRA = struct.Struct("<HHIIII")  # extra_isize, checksum_hi, ctime, mtime, atime _extra, crtime
+_INODE = struct.Struct("<HHIIII4xHHII4x60s")  # mode, uid, size, atime, ctime, mtime, gid, nlink, blocks, flags, block
+_INODE_REST = struct.Struct("<II4xHHHH")  # acl; size, blocks, acl, uid, gid _high
+_EXTRA = struct.Struct("<HHIII")  # extra_isize, checksum_hi; ctime, mtime, atime _extra
 _EA_MAGIC = 0xEA020000
+_EA_MAGIC_BYTES = struct.pack("<I", _EA_MAGIC)
 _ENTRY = struct.Struct("<BBHIII")  # name_len, name_index, value_offs, value_inum, value_size, hash
 _PREFIXES = {
     1: b"user.",
@@ -32,8 +34,7 @@ _MOST_XATTRS = 1000
 EXTENTS_FLAG, INLINE_FLAG, EA_INODE_FLAG, ENCRYPT_FLAG, HUGE_FLAG = 0x80000, 0x10000000, 0x200000, 0x800, 0x40000
 
 
-@dataclass(frozen=True, slots=True)
-class Inode:
+class Inode(NamedTuple):
     """An inode as it is on the disk; times in ns since 1970."""
 
     number: int
@@ -50,6 +51,7 @@ class Inode:
     rdev: int
     block: bytes  # i_block: 60 bytes
     raw: bytes
+    has_xattrs: bool  # there may be some
 
 
 class Inodes:
@@ -87,16 +89,15 @@ class Inodes:
             raise NotFound(f"there is no inode {number}")
         group, index = divmod(number - 1, self._per_group)
         raw = self._read(self._table(group) + index * self._inode_size, self._inode_size)
-        mode, uid, size, *times, _dtime, gid, nlink, blocks, flags = _INODE.unpack_from(raw)
-        size_high = struct.unpack_from("<I", raw, 108)[0]
-        blocks_high, _, uid_high, gid_high = struct.unpack_from("<4H", raw, 116)
-        extra = self._extra_times(raw)
-        atime, ctime, mtime = (
-            _time(seconds, more) for seconds, more in zip(times, (extra[2], extra[0], extra[1]), strict=True)
-        )
-        huge = self.ro_compat & 0x8
-        sectors = blocks | blocks_high << 32 if huge else blocks
-        rdev = _device(raw[40:48]) if mode & 0xF000 in (0x2000, 0x6000) else 0
+        mode, uid, size, atime, ctime, mtime, gid, nlink, blocks, flags, block = _INODE.unpack_from(raw)
+        acl, size_high, blocks_high, acl_high, uid_high, gid_high = _INODE_REST.unpack_from(raw, 104)
+        end, more_ctime, more_mtime, more_atime = 0, 0, 0, 0  # of the fields that there are
+        if len(raw) >= 128 + _EXTRA.size:
+            end, _, more_ctime, more_mtime, more_atime = _EXTRA.unpack_from(raw, 128)
+        sectors, unit = blocks, 512
+        if self.ro_compat & 0x8:
+            sectors |= blocks_high << 32
+            unit = self.block if flags & HUGE_FLAG else 512
         return Inode(
             number=number,
             mode=mode,
@@ -104,14 +105,15 @@ class Inodes:
             gid=gid | gid_high << 16,
             size=size | size_high << 32,
             nlink=nlink,
-            allocated=sectors * (self.block if huge and flags & HUGE_FLAG else 512),
+            allocated=sectors * unit,
             flags=flags,
-            atime_ns=atime,
-            mtime_ns=mtime,
-            ctime_ns=ctime,
-            rdev=rdev,
-            block=raw[40:100],
+            atime_ns=_time(atime, more_atime if end >= 16 else 0),
+            mtime_ns=_time(mtime, more_mtime if end >= 12 else 0),
+            ctime_ns=_time(ctime, more_ctime if end >= 8 else 0),
+            rdev=_device(block[:8]) if mode & 0xF000 in (0x2000, 0x6000) else 0,
+            block=block,
             raw=raw,
+            has_xattrs=bool(acl or acl_high) or raw[128 + end : 132 + end] == _EA_MAGIC_BYTES,
         )
 
     def _table(self, group: int) -> int:
@@ -126,23 +128,7 @@ class Inodes:
             self._tables[group] = (low | high << 32) * self.block
         return self._tables[group]
 
-    @staticmethod
-    def _extra_times(raw: bytes) -> tuple[int, int, int]:
-        """Return the upper bits of ctime, mtime, atime."""
-        if len(raw) < 128 + 16:
-            return 0, 0, 0
-        size, _, *extra = _EXTRA.unpack_from(raw, 128)[:5]
-        given = [value if size >= 8 + 4 * i else 0 for i, value in enumerate(extra)]
-        return given[0], given[1], given[2]
-
     # Extended attributes.
-
-    def has_xattrs(self, inode: Inode) -> bool:
-        """Whether there may be any."""
-        if inode.raw[104:108] != bytes(4) or inode.raw[118:120] != bytes(2):
-            return True
-        start = 128 + (struct.unpack_from("<H", inode.raw, 128)[0] if len(inode.raw) > 128 + 4 else 0)
-        return inode.raw[start : start + 4] == struct.pack("<I", _EA_MAGIC)
 
     def xattrs(self, inode: Inode) -> dict[bytes, bytes]:
         """Return an inode's extended attributes as the kernel shows them. Raises GuestError."""

@@ -236,7 +236,7 @@ class TskFileSystem:
                 mtime_ns=found.mtime_ns,
                 ctime_ns=found.ctime_ns,
                 rdev=found.rdev,
-                has_xattrs=self._inodes.has_xattrs(found),
+                has_xattrs=found.has_xattrs,
             )
         return self._other_stat(inode, file)
 

@@ -13,6 +13,7 @@ import trio
 from images import BytesImage
 from mounts import wait_until
 
+from backupfs.errors import GuestError
 from backupfs.extents import Extent
 from backupfs.fuse import kernel, lane
 from backupfs.fuse.lane import Lane
@@ -41,6 +42,7 @@ class ShortImage(BytesImage):
 
 
 BARE, LABELLED = 77, 78  # inodes without extended attributes; beside files with labels
+GUEST = 1000  # first of a guest's files
 
 
 class Device:
@@ -74,6 +76,14 @@ class Device:
 
     def has_labels(self, inode: int) -> bool:
         return inode == LABELLED
+
+    def disk_of(self, inode: int) -> int | None:
+        return 1 if inode >= GUEST else None
+
+    def small_content(self, inode: int) -> bytes | None:
+        if inode == GUEST + 13:
+            raise GuestError("damaged")
+        return b"content of %d" % inode if inode < GUEST + 100 else None
 
     def is_constant(self, inode: int) -> bool:
         return inode == BARE

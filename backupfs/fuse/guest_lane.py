@@ -1,0 +1,166 @@
+"""What the lane answers of guests' files but READs: OPEN and RELEASE of small ones, attributes that there are none of.
+
+A guest has many small files. Each is read whole when it is opened, and then needs no more than the reader thread. What
+is not small, or not a guest's, is pyfuse3's.
+"""
+
+import errno
+import itertools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from backupfs.errors import NotFound
+from backupfs.fuse import kernel
+from backupfs.fuse.images import AtHand
+from backupfs.fuse.kernel import ANSWER_SIZE
+from backupfs.fuse.nodes import Stale
+from backupfs.fuse.workers import File, Workers
+
+_BARE = 50_000  # inodes of which it is remembered that they have no extended attributes
+_OURS, _LABEL = b"user.backupfs.", b"security.selinux\0"
+_FIRST_HANDLE = 1 << 62  # pyfuse3's are counted from 1 on
+
+
+class Guests(Protocol):
+    """Who knows the files. From any thread."""
+
+    def lacks_xattrs(self, inode: int, *, ours: bool) -> bool:
+        """Whether it is known that something has no extended attributes; `ours`: no `user.backupfs.*`, else no others.
+
+        Does not block.
+        """
+
+    def has_labels(self, inode: int) -> bool:
+        """Whether others in the same file system may have an SELinux label. Does not block."""
+
+    def disk_of(self, inode: int) -> int | None:
+        """Return a number for the disk that a guest's file is on; None: it is none. Does not block."""
+
+    def small_content(self, inode: int) -> bytes | None:
+        """Return the content of a guest's file; None: it is too large for that. May block. Raises BackupfsError."""
+
+    def complain(self, inode: int, doing: str, error: Exception) -> None:
+        """Log an error."""
+
+
+@dataclass(slots=True)
+class _Disk:
+    """A disk with guests' files, whose inode is any number: a parser that hangs has eight threads, not all."""
+
+    inode: int
+    jobs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    unique: int
+    inode: int
+    request: bytes
+
+
+class GuestLane:
+    """Answers.
+
+    Args:
+        guests: knows the files.
+        files: gets each small file that is open, by its handle.
+        write: gives the kernel an answer: its unique number and parts. Returns whether it was taken.
+        pass_on: gives a request to pyfuse3.
+    """
+
+    def __init__(
+        self,
+        guests: Guests,
+        files: dict[int, File],
+        write: Callable[[int, list[bytes]], bool],
+        pass_on: Callable[[bytes], None],
+    ) -> None:
+        self._guests = guests
+        self._files = files
+        self._write = write
+        self._pass_on = pass_on
+        self._handles = itertools.count(_FIRST_HANDLE)
+        self._openers: Workers[_Disk, _Open] = Workers(self._open, "lane-opener")
+        self._bare: dict[int, int] = {}  # inodes without extended attributes: the errno for an SELinux label
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread is in a file system."""
+        return self._openers.busy
+
+    def end(self) -> None:
+        """Let the threads end that have nothing to do."""
+        self._openers.end()
+
+    # In the reader thread: each returns whether the request is, or will be, answered.
+
+    def take(self, opcode: int, unique: int, handle: int, request: memoryview) -> bool:
+        """Take a request if it can be answered here. In the reader thread; does not block."""
+        if opcode in (kernel.GETXATTR, kernel.LISTXATTR):
+            return self._take_xattr(opcode, unique, request)
+        if opcode == kernel.OPEN:
+            return self._take_open(unique, request)
+        if opcode == kernel.RELEASE and handle >= _FIRST_HANDLE:
+            self._files.pop(handle, None)
+            self._answer(unique, 0)
+            return True
+        return False
+
+    def _take_xattr(self, opcode: int, unique: int, request: memoryview) -> bool:
+        """`ls -l` asks for several attributes of each name, and the kernel for one before each write(2)."""
+        inode, size = kernel.XATTR_REQUEST.unpack_from(request)
+        is_list = opcode == kernel.LISTXATTR
+        label = self._bare.get(inode)
+        if label is None:
+            if not self._guests.lacks_xattrs(inode, ours=False):
+                return False
+            if self._guests.lacks_xattrs(inode, ours=True):
+                if len(self._bare) >= _BARE:
+                    self._bare.clear()
+                # `ls` asks for no more labels then.
+                label = errno.ENODATA if self._guests.has_labels(inode) else errno.EOPNOTSUPP
+                self._bare[inode] = label
+            elif is_list or request[kernel.XATTR_AT :][: len(_OURS)] == _OURS:
+                return False
+        if not is_list:
+            is_label = request[kernel.XATTR_AT :][: len(_LABEL)] == _LABEL
+            self._answer(unique, label if label and is_label else errno.ENODATA)
+        elif size:
+            self._answer(unique, 0)
+        else:
+            answer = kernel.XATTR_SIZE_ANSWER
+            self._write(unique, [answer.pack(answer.size, 0, unique, 0)])
+        return True
+
+    def _take_open(self, unique: int, request: memoryview) -> bool:
+        inode, flags = kernel.OPEN_REQUEST.unpack_from(request)
+        disk = self._guests.disk_of(inode)
+        if disk is None or flags & os.O_ACCMODE != os.O_RDONLY:
+            return False
+        self._openers.submit(_Disk(disk), _Open(unique, inode, bytes(request)))
+        return True
+
+    def _answer(self, unique: int, code: int) -> None:
+        self._write(unique, [kernel.ANSWER.pack(ANSWER_SIZE, -code, unique)])
+
+    # In a thread.
+
+    def _open(self, _disk: _Disk, job: _Open) -> None:
+        try:
+            content = self._guests.small_content(job.inode)
+        except NotFound as e:
+            self._answer(job.unique, errno.ESTALE if isinstance(e, Stale) else errno.ENOENT)
+        except Exception as e:  # noqa: BLE001, nothing may end the thread
+            self._guests.complain(job.inode, "open", e)
+            self._answer(job.unique, errno.EIO)
+        else:
+            if content is None:
+                self._pass_on(job.request)
+                return
+            handle, answer = next(self._handles), kernel.OPEN_ANSWER
+            self._files[handle] = File(job.inode, AtHand(content))
+            opened = answer.pack(answer.size, 0, job.unique, handle, kernel.FOPEN_KEEP_CACHE, 0)
+            if not self._write(job.unique, [opened]):  # nobody will release it
+                self._files.pop(handle, None)
