@@ -10,7 +10,7 @@ from pathlib import Path
 
 from backupfs.errors import NotFound
 from backupfs.extents import Extent
-from backupfs.filesystem import Entry, FileSystem, Run, Stat
+from backupfs.filesystem import Entry, Run, Stat
 from backupfs.image import Image
 
 
@@ -54,6 +54,10 @@ class FolderFiles:
         with open(self._path(inode), "rb") as file:
             return os.pread(file.fileno(), length, offset)
 
+    def contents(self, inodes: Sequence[int], largest: int) -> Sequence[bytes | None]:
+        self.asked.append("contents")
+        return [self.read(inode, 0, largest) if self.stat(inode).size <= largest else None for inode in inodes]
+
     def runs(self, inode: int) -> Sequence[Run] | None:
         self._path(inode)
         return None
@@ -89,12 +93,12 @@ class FolderFiles:
 class FolderVolume:
     """A volume with such files, or with a problem."""
 
-    fs: FileSystem | None
+    fs: FolderFiles | None
     problem: str | None = None
     kind: str | None = "ext4"
     opened: int = field(default=0)
 
-    def open(self) -> FileSystem:
+    def open(self) -> FolderFiles:
         assert self.fs is not None
         self.opened += 1
         return self.fs

@@ -121,6 +121,13 @@ class Folder:
     files: Callable[[], Sequence[DiskFile | TextFile]]
 
 
+class ManyFiles(FileSystem, Protocol):
+    """A FileSystem that can be asked for several files at once."""
+
+    def contents(self, inodes: Sequence[int], largest: int) -> Sequence[bytes | None]:
+        """Return files' contents; None: it is larger than `largest`, can't be read, or is not to be had with others."""
+
+
 class GuestVolume(Protocol):
     """A partition or a logical volume, or a disk without either, and what is known of the files on it."""
 
@@ -132,7 +139,7 @@ class GuestVolume(Protocol):
     def problem(self) -> str | None:
         """Why its files can't be read, if that is known without trying."""
 
-    def open(self) -> FileSystem:
+    def open(self) -> ManyFiles:
         """Return its files. May block, for as long as the calls of a FileSystem may. Raises BackupfsError."""
 
     def file(self, runs: Sequence[Run]) -> Image:

@@ -26,20 +26,23 @@ _FIRST_HANDLE = 1 << 62  # pyfuse3's are counted from 1 on
 class Guests(Protocol):
     """Who knows the files. From any thread."""
 
-    def lacks_xattrs(self, inode: int, *, ours: bool) -> bool:
-        """Whether it is known that something has no extended attributes; `ours`: no `user.backupfs.*`, else no others.
+    def bare_label(self, inode: int) -> int:
+        """Return the errno for its SELinux label if something is known to have no extended attributes at all, else 0.
 
-        Does not block.
+        EOPNOTSUPP where nothing in the same file system has one: `ls -l` asks for no more of them then. Does not block.
         """
 
-    def has_labels(self, inode: int) -> bool:
-        """Whether others in the same file system may have an SELinux label. Does not block."""
+    def is_guests(self, inode: int) -> bool:
+        """Whether something has other attributes than `user.backupfs.*`: a guest's. Does not block."""
 
     def disk_of(self, inode: int) -> int | None:
         """Return a number for the disk that a guest's file is on; None: it is none. Does not block."""
 
     def small_content(self, inode: int) -> bytes | None:
         """Return the content of a guest's file; None: it is too large for that. May block. Raises BackupfsError."""
+
+    def small_at_hand(self, inode: int) -> bytes | None:
+        """Return the same if it was read already. Does not block."""
 
     def complain(self, inode: int, doing: str, error: Exception) -> None:
         """Log an error."""
@@ -112,21 +115,14 @@ class GuestLane:
         """`ls -l` asks for several attributes of each name, and the kernel for one before each write(2)."""
         inode, size = kernel.XATTR_REQUEST.unpack_from(request)
         is_list = opcode == kernel.LISTXATTR
-        label = self._bare.get(inode)
-        if label is None:
-            if not self._guests.lacks_xattrs(inode, ours=False):
-                return False
-            if self._guests.lacks_xattrs(inode, ours=True):
-                if len(self._bare) >= _BARE:
-                    self._bare.clear()
-                # `ls` asks for no more labels then.
-                label = errno.ENODATA if self._guests.has_labels(inode) else errno.EOPNOTSUPP
-                self._bare[inode] = label
-            elif is_list or request[kernel.XATTR_AT :][: len(_OURS)] == _OURS:
-                return False
+        label = self._bare.get(inode) or self._note_bare(inode)
+        if not label and (
+            is_list or request[kernel.XATTR_AT :][: len(_OURS)] == _OURS or self._guests.is_guests(inode)
+        ):
+            return False
         if not is_list:
-            is_label = request[kernel.XATTR_AT :][: len(_LABEL)] == _LABEL
-            self._answer(unique, label if label and is_label else errno.ENODATA)
+            is_label = label and request[kernel.XATTR_AT :][: len(_LABEL)] == _LABEL
+            self._answer(unique, label if is_label else errno.ENODATA)
         elif size:
             self._answer(unique, 0)
         else:
@@ -134,11 +130,23 @@ class GuestLane:
             self._write(unique, [answer.pack(answer.size, 0, unique, 0)])
         return True
 
+    def _note_bare(self, inode: int) -> int:
+        label = self._guests.bare_label(inode)
+        if label:
+            if len(self._bare) >= _BARE:
+                self._bare.clear()
+            self._bare[inode] = label
+        return label
+
     def _take_open(self, unique: int, request: memoryview) -> bool:
         inode, flags = kernel.OPEN_REQUEST.unpack_from(request)
         disk = self._guests.disk_of(inode)
         if disk is None or flags & os.O_ACCMODE != os.O_RDONLY:
             return False
+        content = self._guests.small_at_hand(inode)
+        if content is not None:
+            self._opened(unique, inode, content)
+            return True
         self._openers.submit(_Disk(disk), _Open(unique, inode, bytes(request)))
         return True
 
@@ -159,8 +167,10 @@ class GuestLane:
             if content is None:
                 self._pass_on(job.request)
                 return
-            handle, answer = next(self._handles), kernel.OPEN_ANSWER
-            self._files[handle] = File(job.inode, AtHand(content))
-            opened = answer.pack(answer.size, 0, job.unique, handle, kernel.FOPEN_KEEP_CACHE, 0)
-            if not self._write(job.unique, [opened]):  # nobody will release it
-                self._files.pop(handle, None)
+            self._opened(job.unique, job.inode, content)
+
+    def _opened(self, unique: int, inode: int, content: bytes) -> None:
+        handle, answer = next(self._handles), kernel.OPEN_ANSWER
+        self._files[handle] = File(inode, AtHand(content))
+        if not self._write(unique, [answer.pack(answer.size, 0, unique, handle, kernel.FOPEN_KEEP_CACHE, 0)]):
+            self._files.pop(handle, None)  # nobody will release it

@@ -11,6 +11,7 @@ does not look at modes in it (mountpoint.py).
 """
 
 import contextlib
+import errno
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -36,12 +37,10 @@ from backupfs.fuse.nodes import (
     component,
 )
 from backupfs.image import Image
-from backupfs.units import KiB
 
 UNSUPPORTED = "UNSUPPORTED.txt"
 NOT_REPLAYED = ".NOT-REPLAYED.txt"
 
-_AT_HAND, _SMALL = 128 * KiB, 4 * KiB  # of a file that is read when it is opened; of one even if that is all holes
 
 _HOW = """
 The volume itself can be read as the raw file {raw} in the point's folder. By hand, as root:
@@ -153,28 +152,26 @@ class GuestTree:
     def small_content(self, node: GuestFile) -> bytes | None:
         """Return a file's content; None: it is too large for that, or sparse. Raises BackupfsError."""
         with self.disks.volume(node.volume) as volume:
-            found = volume.stat(node.inode)
-            if found.size <= _AT_HAND and found.size <= max(found.allocated, _SMALL):
-                return volume.read(node.inode, 0, found.size)
-        return None
+            return volume.small(node.inode)
+
+    def small_at_hand(self, node: GuestFile) -> bytes | None:
+        """Return the same if it was read already. Does not block."""
+        volume = self.disks.at_hand(node.volume)
+        return volume.small_at_hand(node.inode) if volume else None
 
     def _open(self, node: GuestFile, runs: Sequence[Run]) -> Image:
         with self.disks.volume(node.volume) as volume:
             return volume.image(runs)
 
-    def has_labels(self, node: GuestNode) -> bool:
-        """Whether something in the same file system may have an SELinux label. Does not block."""
-        if isinstance(node, GuestFile | VolumeFolder):
-            volume = self.disks.at_hand(node.volume if isinstance(node, GuestFile) else node)
-            return volume is None or volume.has_labels
-        return False
+    def bare_label(self, node: GuestFile | VolumeFolder) -> int:
+        """Return the errno for its SELinux label if a node is known to have no extended attributes, else 0.
 
-    def is_bare(self, node: GuestNode) -> bool:
-        """Whether something is known to have no extended attributes. Does not block."""
-        if isinstance(node, GuestFile | VolumeFolder):
-            volume = self.disks.at_hand(node.volume if isinstance(node, GuestFile) else node)
-            return volume is not None and volume.is_bare(node.inode if isinstance(node, GuestFile) else volume.fs.root)
-        return True
+        Does not block.
+        """
+        volume = self.disks.at_hand(node.volume if isinstance(node, GuestFile) else node)
+        if volume is None or not volume.is_bare(node.inode if isinstance(node, GuestFile) else volume.fs.root):
+            return 0
+        return errno.ENODATA if volume.has_labels else errno.EOPNOTSUPP
 
     def read(self, number: int, offset: int, length: int) -> bytes:
         """Return a range of a file, short only at its end. Raises BackupfsError."""

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from backupfs.errors import BackupfsError, NotFound
 from backupfs.extents import Extent
 from backupfs.filesystem import FileSystem, Run, Stat
+from backupfs.fuse.catalogue import ManyFiles
+from backupfs.fuse.read_ahead import ReadAhead, is_small
 from backupfs.image import Buffer, Image, seek
 
 _REMEMBERED = 50_000  # names in folders, and the inodes; about 500 bytes each
@@ -38,7 +40,7 @@ class Volume:
         has_labels: whether its files may have SELinux labels.
     """
 
-    fs: FileSystem
+    fs: ManyFiles
     image: Callable[[Sequence[Run]], Image]
     has_labels: bool = True
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -48,6 +50,10 @@ class Volume:
     _parents: dict[int, int] = field(default_factory=dict)  # of folders
     _xattrs: dict[int, Mapping[bytes, bytes]] = field(default_factory=dict)
     _xattr_bytes: int = 0
+    _ahead: ReadAhead = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._ahead = ReadAhead(self.fs.contents)
 
     def stat(self, inode: int) -> Stat:
         """Return what an inode says of itself. Raises BackupfsError."""
@@ -71,6 +77,7 @@ class Volume:
             found[name] = entry.stat
         with self._lock:
             self._remember_folder(inode, found)
+        self._ahead.note(found)
         return found
 
     def _remember_folder(self, inode: int, found: Mapping[bytes, Stat]) -> None:
@@ -102,6 +109,20 @@ class Volume:
             if len(content) != expected:
                 raise Unsound(f"inode {inode}: {len(content)} bytes instead of {expected} at {offset}")
         return content
+
+    def small_at_hand(self, inode: int) -> bytes | None:
+        """Return a small file's content if that does not block."""
+        return self._ahead.take(inode)
+
+    def small(self, inode: int) -> bytes | None:
+        """Return a small file's content; None: it is not small. Raises BackupfsError."""
+        found = self.stat(inode)
+        if not is_small(found):
+            return None
+        content = self._ahead.take(inode)
+        if content is None:
+            content = self._ahead.read(inode)
+        return self.read(inode, 0, found.size) if content is None else content
 
     def runs(self, inode: int) -> Sequence[Run] | None:
         """Return where a file's content lies on the volume; None: not there as it is. Raises BackupfsError."""

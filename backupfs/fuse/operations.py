@@ -328,17 +328,20 @@ class Operations(pyfuse3.Operations):
     def start_seek(self, unique: int, handle: int, offset: int, whence: int) -> None:
         self._background.start_soon(self._answer_seek, unique, handle, offset, whence)
 
-    def lacks_xattrs(self, inode: int, *, ours: bool) -> bool:
-        return self._tree.lacks_xattrs(inode, ours=ours)
+    def bare_label(self, inode: int) -> int:
+        return self._tree.bare_label(inode)
 
-    def has_labels(self, inode: int) -> bool:
-        return self._tree.has_labels(inode)
+    def is_guests(self, inode: int) -> bool:
+        return self._tree.guest_disk(inode) is not None
 
     def disk_of(self, inode: int) -> int | None:
         return self._tree.guest_number(inode)
 
     def small_content(self, inode: int) -> bytes | None:
         return self._tree.small_content(inode)
+
+    def small_at_hand(self, inode: int) -> bytes | None:
+        return self._tree.small_at_hand(inode)
 
     def is_constant(self, inode: int) -> bool:
         return self._tree.is_constant(inode)

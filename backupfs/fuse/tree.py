@@ -17,6 +17,7 @@ What the numbers stand for is in nodes.py.
 Every method of Tree may be called from any thread, from several at once, and may block, because the Catalogue does.
 """
 
+import errno
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -196,23 +197,26 @@ class Tree:
         node = self.inodes.node(inode)
         return self.guests.small_content(node) if isinstance(node, GuestFile) else None
 
-    def lacks_xattrs(self, inode: int, *, ours: bool) -> bool:
-        """Whether it is known that something has no extended attributes; `ours`: none of backupfs, else no others.
+    def small_at_hand(self, inode: int) -> bytes | None:
+        """Return the same if it was read already. Does not block."""
+        node = self.inodes.node(inode)
+        return self.guests.small_at_hand(node) if isinstance(node, GuestFile) else None
+
+    def bare_label(self, inode: int) -> int:
+        """Return the errno for its SELinux label if something is known to have no extended attributes at all, else 0.
 
         Does not block.
         """
         try:
             node = self.inodes.node(inode)
         except Stale:
-            return False
-        if isinstance(node, GuestNode):
-            return self.guests.is_bare(node)
-        return not (ours and isinstance(node, File))
-
-    def has_labels(self, inode: int) -> bool:
-        """Whether something in the same file system may have an SELinux label. Does not block."""
-        node = self.inodes.node(inode)
-        return isinstance(node, GuestNode) and self.guests.has_labels(node)
+            return 0
+        match node:
+            case GuestFile() | VolumeFolder():
+                return self.guests.bare_label(node)
+            case File():
+                return 0
+        return errno.EOPNOTSUPP
 
     def is_constant(self, inode: int) -> bool:
         """Whether what is in a folder never changes: in a guest's, below the first. Does not block."""

@@ -11,7 +11,7 @@ import functools
 import os
 import resource
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from backupfs.errors import BackupfsError, GuestError, NotFound
@@ -27,6 +27,7 @@ _MEMORY = 1024 * MiB  # of address space
 _NOBODY = 65534
 _NO_NEW_PRIVILEGES, _DIE_WITH_PARENT, _NEW_NETWORK = 38, 1, 0x40000000  # source: linux/prctl.h, linux/sched.h
 _SIGKILL = 9
+_DAMAGE = (ValueError, ArithmeticError, LookupError, MemoryError, OSError, UnicodeError)  # what a parser makes of it
 _METHODS = ("stat", "list", "read", "extents", "runs", "readlink", "xattrs")
 
 
@@ -69,7 +70,23 @@ class _Volume:
         pass
 
 
+def _contents(system: FileSystem, largest: int, inodes: Sequence[int]) -> messages.ContentsAnswer:
+    """Return the contents of small files; of what is not to be had, None: who wants it asks for it by itself."""
+    found: list[bytes | None] = []
+    left = messages.LARGEST_CONTENTS
+    for inode in inodes:
+        content: bytes | None = None
+        if left > largest:
+            with contextlib.suppress(*_DAMAGE, BackupfsError):
+                content = system.read(inode, 0, largest + 1)
+                left -= len(content)
+        found.append(content if content is not None and len(content) <= largest else None)
+    return messages.ContentsAnswer(found)
+
+
 def _answer(system: FileSystem, ask: messages.Ask) -> messages.Answer:
+    if ask.method == "contents":
+        return _contents(system, ask.arguments[0], ask.arguments[1:])
     assert ask.method in _METHODS
     found: Any = getattr(system, ask.method)(*ask.arguments)
     match ask.method:
@@ -130,8 +147,8 @@ def _serve(line: socket.socket) -> None:
             answer = messages.Failed(True, str(e))
         except BackupfsError as e:
             answer = messages.Failed(False, str(e))
-        except (ValueError, ArithmeticError, LookupError, MemoryError, OSError, UnicodeError) as e:
-            # What a parser raises on damage. A socket that broke raises here again at once.
+        except _DAMAGE as e:
+            # A socket that broke raises here again at once.
             answer = messages.Failed(False, f"damaged: {e!r}"[:500])
         messages.send(line, answer)
         ask = messages.from_parent.decode(messages.receive(line))

@@ -15,6 +15,7 @@ from backupfs.units import MiB
 
 LARGEST = 256 * MiB  # bytes of a message: a folder with a million names
 LARGEST_READ = MiB  # bytes, of a file or of the volume
+LARGEST_CONTENTS = 4 * MiB  # bytes, of several files
 _LENGTH = struct.Struct("<I")
 
 
@@ -80,6 +81,12 @@ class ExtentsAnswer(msgspec.Struct, tag=True):
     extents: list[tuple[int, int, bool]]
 
 
+class ContentsAnswer(msgspec.Struct, tag=True):
+    """Of `contents`, in the order of the inodes that follow the largest size among its arguments."""
+
+    contents: list[bytes | None]
+
+
 class RunsAnswer(msgspec.Struct, tag=True):
     """Of `runs`: length and offset of each; None: there are none."""
 
@@ -99,7 +106,9 @@ class Failed(msgspec.Struct, tag=True):
     message: str
 
 
-Answer = Opened | StatAnswer | ListAnswer | BytesAnswer | ExtentsAnswer | RunsAnswer | XattrsAnswer | Failed
+Answer = (
+    Opened | StatAnswer | ListAnswer | BytesAnswer | ExtentsAnswer | ContentsAnswer | RunsAnswer | XattrsAnswer | Failed
+)
 FromChild = Need | Answer
 FromParent = Order | Ask | Part
 from_child = msgspec.msgpack.Decoder(FromChild)

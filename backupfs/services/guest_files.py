@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 from backupfs.errors import BackupfsError, GuestError
-from backupfs.filesystem import FileSystem, Run
+from backupfs.filesystem import Run
 from backupfs.guest.detect import Found, detect
 from backupfs.guest.scan import scan
 from backupfs.guest.volumes import JoinedImage, Volume, assemble
@@ -52,7 +52,7 @@ class GuestVolume:
                 image.close()
             raise
 
-    def open(self) -> FileSystem:
+    def open(self) -> GuestFileSystem:
         """Return its file system; to be closed.
 
         Raises:

@@ -110,6 +110,12 @@ class GuestFileSystem:
                 break
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def contents(self, inodes: Sequence[int], largest: int) -> Sequence[bytes | None]:
+        found = self._ask(messages.ContentsAnswer, "contents", largest, *inodes).contents
+        if len(found) != len(inodes):
+            raise GuestError(f"{self._name}: {len(found)} contents were answered, not {len(inodes)}")
+        return found
+
     def runs(self, inode: int) -> Sequence[Run] | None:
         rows = self._ask(messages.RunsAnswer, "runs", inode).runs
         if rows is None:

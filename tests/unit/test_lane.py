@@ -71,11 +71,11 @@ class Device:
         content = repr((handle, offset, size)).encode()
         self.lane.answer(unique, [content], len(content))
 
-    def lacks_xattrs(self, inode: int, *, ours: bool) -> bool:
-        return inode in (BARE, LABELLED) or not ours
+    def bare_label(self, inode: int) -> int:
+        return {BARE: errno.EOPNOTSUPP, LABELLED: errno.ENODATA}.get(inode, 0)
 
-    def has_labels(self, inode: int) -> bool:
-        return inode == LABELLED
+    def is_guests(self, inode: int) -> bool:
+        return inode >= GUEST
 
     def disk_of(self, inode: int) -> int | None:
         return 1 if inode >= GUEST else None
@@ -84,6 +84,9 @@ class Device:
         if inode == GUEST + 13:
             raise GuestError("damaged")
         return b"content of %d" % inode if inode < GUEST + 100 else None
+
+    def small_at_hand(self, inode: int) -> bytes | None:
+        return b"at hand" if inode == GUEST + 7 else None
 
     def is_constant(self, inode: int) -> bool:
         return inode == BARE
