@@ -116,9 +116,8 @@ class GuestLane:
         inode, size = kernel.XATTR_REQUEST.unpack_from(request)
         is_list = opcode == kernel.LISTXATTR
         label = self._bare.get(inode) or self._note_bare(inode)
-        if not label and (
-            is_list or request[kernel.XATTR_AT :][: len(_OURS)] == _OURS or self._guests.is_guests(inode)
-        ):
+        ours = is_list or request[kernel.XATTR_AT :][: len(_OURS)] == _OURS
+        if not label and (ours or self._guests.is_guests(inode)):
             return False
         if not is_list:
             is_label = label and request[kernel.XATTR_AT :][: len(_LABEL)] == _LABEL
