@@ -58,6 +58,9 @@ class GuestTree:
         inodes: gives the numbers.
         find: returns what a DiskFiles stands for, and its point's time. Raises NotFound if it is gone, or another now.
         modes: of folders and files of our own.
+
+    Attributes:
+        store: gives the kernel the content of a file, by its number, before somebody asks for it.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class GuestTree:
         self._inodes = inodes
         self._find = find
         self._folder_mode, self._file_mode = modes
+        self.store: Callable[[int, bytes], None] = lambda _inode, _content: None
 
     def lookup(self, folder: GuestNode, name: bytes) -> Attributes:
         """Return the attributes of `name` in a folder. Raises NotFound, BackupfsError."""
@@ -152,7 +156,11 @@ class GuestTree:
     def small_content(self, node: GuestFile) -> bytes | None:
         """Return a file's content; None: it is too large for that, or sparse. Raises BackupfsError."""
         with self.disks.volume(node.volume) as volume:
-            return volume.small(node.inode)
+            ahead: dict[int, bytes] = {}
+            content = volume.small(node.inode, ahead)
+        for inode, bytes_ahead in ahead.items():
+            self.store(self._inodes.number(GuestFile(node.volume, inode)), bytes_ahead)
+        return content
 
     def small_at_hand(self, node: GuestFile) -> bytes | None:
         """Return the same if it was read already. Does not block."""

@@ -114,14 +114,17 @@ class Volume:
         """Return a small file's content if that does not block."""
         return self._ahead.take(inode)
 
-    def small(self, inode: int) -> bytes | None:
-        """Return a small file's content; None: it is not small. Raises BackupfsError."""
+    def small(self, inode: int, ahead: dict[int, bytes]) -> bytes | None:
+        """Return a small file's content, None: it is not small; put what was read beside it into `ahead`.
+
+        Raises BackupfsError.
+        """
         found = self.stat(inode)
         if not is_small(found):
             return None
         content = self._ahead.take(inode)
         if content is None:
-            content = self._ahead.read(inode)
+            content = self._ahead.read(inode, ahead)
         return self.read(inode, 0, found.size) if content is None else content
 
     def runs(self, inode: int) -> Sequence[Run] | None:

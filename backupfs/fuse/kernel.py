@@ -69,6 +69,10 @@ XATTR_SIZE_ANSWER = struct.Struct("=IiQI4x")
 INVALIDATE_INODE = struct.Struct("=IiQQqq")
 NOTIFY_INVAL_INODE: Final = 2
 
+# The same with struct fuse_notify_store_out: inode, offset, size, padding; the bytes follow.
+STORE = struct.Struct("=IiQQQI4x")
+NOTIFY_STORE: Final = 4
+
 # struct fuse_init_in, behind the header: major, minor, max_readahead, flags, flags2.
 INIT_REQUEST = struct.Struct("=40x12xII")
 """flags, flags2 of an INIT."""

@@ -153,6 +153,13 @@ class Lane:
         with contextlib.suppress(OSError):  # ENOENT: the kernel does not know the inode any more
             os.write(self._device, notice)
 
+    def store(self, inode: int, content: bytes) -> None:
+        """Give the kernel a file for its cache. Never in the reader thread: it waits for READs of the same file."""
+        size = kernel.STORE.size + len(content)
+        notice = kernel.STORE.pack(size, kernel.NOTIFY_STORE, 0, inode, 0, len(content))
+        with contextlib.suppress(OSError):  # ENOENT: the kernel does not know the inode any more
+            os.writev(self._device, [notice, content])
+
     # Answers. Each request gets one of them.
 
     def answer(self, unique: int, pieces: Sequence[Buffer | bytes], length: int) -> OSError | None:

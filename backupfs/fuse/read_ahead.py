@@ -69,8 +69,11 @@ class ReadAhead:
                 self._places[inode][0].before = inode
             return content
 
-    def read(self, inode: int) -> bytes | None:
-        """Read a file, and the next ones too if it is the one behind the last; None: it is to be read by itself."""
+    def read(self, inode: int, ahead: dict[int, bytes]) -> bytes | None:
+        """Read a file and, if it is the one behind the last, the next ones, which are put into `ahead`.
+
+        Returns None if it is to be read by itself.
+        """
         with self._lock:
             place = self._places.get(inode)
             if place is None:
@@ -94,7 +97,7 @@ class ReadAhead:
                 if number == inode:
                     content = data
                 elif number in self._places and number not in self._ahead:
-                    self._ahead[number] = data
+                    self._ahead[number] = ahead[number] = data
                     self._bytes += size
         return content
 
