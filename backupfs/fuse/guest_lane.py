@@ -4,6 +4,7 @@ A guest has many small files. Each is read whole when it is opened, and then nee
 is not small, or not a guest's, is pyfuse3's.
 """
 
+import contextlib
 import errno
 import itertools
 import os
@@ -35,22 +36,25 @@ class Guests(Protocol):
     def is_guests(self, inode: int) -> bool:
         """Whether something has other attributes than `user.backupfs.*`: a guest's. Does not block."""
 
-    def disk_of(self, inode: int) -> int | None:
-        """Return a number for the disk that a guest's file is on; None: it is none. Does not block."""
+    def volume_number(self, inode: int) -> int | None:
+        """Return a number for the volume that a guest's file is on; None: it is none. Does not block."""
 
     def small_content(self, inode: int) -> bytes | None:
         """Return the content of a guest's file; None: it is too large for that. May block. Raises BackupfsError."""
 
-    def small_at_hand(self, inode: int) -> bytes | None:
-        """Return the same if it was read already. Does not block."""
+    def small_at_hand(self, inode: int) -> tuple[bytes | None, bool]:
+        """Return the same if it was read already, and whether it is time to `read_on`. Does not block."""
+
+    def read_on(self, inode: int) -> None:
+        """Read more, behind a file that was at hand. May block. Raises BackupfsError."""
 
     def complain(self, inode: int, doing: str, error: Exception) -> None:
         """Log an error."""
 
 
 @dataclass(slots=True)
-class _Disk:
-    """A disk with guests' files, whose inode is any number: a parser that hangs has eight threads, not all."""
+class _Volume:
+    """A volume with guests' files, as what jobs are about: a parser that hangs has eight threads, not all."""
 
     inode: int
     jobs: int = 0
@@ -58,9 +62,11 @@ class _Disk:
 
 @dataclass(frozen=True, slots=True)
 class _Open:
+    """An OPEN that waits for an answer; or None as its request: it was answered, and more is to be read."""
+
     unique: int
     inode: int
-    request: bytes
+    request: bytes | None
 
 
 class GuestLane:
@@ -85,7 +91,7 @@ class GuestLane:
         self._write = write
         self._pass_on = pass_on
         self._handles = itertools.count(_FIRST_HANDLE)
-        self._openers: Workers[_Disk, _Open] = Workers(self._open, "lane-opener")
+        self._openers: Workers[_Volume, _Open] = Workers(self._open, "lane-opener")
         self._bare: dict[int, int] = {}  # inodes without extended attributes: the errno for an SELinux label
 
     @property
@@ -139,14 +145,14 @@ class GuestLane:
 
     def _take_open(self, unique: int, request: memoryview) -> bool:
         inode, flags = kernel.OPEN_REQUEST.unpack_from(request)
-        disk = self._guests.disk_of(inode)
-        if disk is None or flags & os.O_ACCMODE != os.O_RDONLY:
+        volume = self._guests.volume_number(inode)
+        if volume is None or flags & os.O_ACCMODE != os.O_RDONLY:
             return False
-        content = self._guests.small_at_hand(inode)
+        content, read_on = self._guests.small_at_hand(inode)
         if content is not None:
             self._opened(unique, inode, content)
-            return True
-        self._openers.submit(_Disk(disk), _Open(unique, inode, bytes(request)))
+        if content is None or read_on:
+            self._openers.submit(_Volume(volume), _Open(unique, inode, None if content is not None else bytes(request)))
         return True
 
     def _answer(self, unique: int, code: int) -> None:
@@ -154,7 +160,11 @@ class GuestLane:
 
     # In a thread.
 
-    def _open(self, _disk: _Disk, job: _Open) -> None:
+    def _open(self, _volume: _Volume, job: _Open) -> None:
+        if job.request is None:
+            with contextlib.suppress(Exception):  # who opens one of them is told
+                self._guests.read_on(job.inode)
+            return
         try:
             content = self._guests.small_content(job.inode)
         except NotFound as e:

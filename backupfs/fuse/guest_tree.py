@@ -156,16 +156,27 @@ class GuestTree:
     def small_content(self, node: GuestFile) -> bytes | None:
         """Return a file's content; None: it is too large for that, or sparse. Raises BackupfsError."""
         with self.disks.volume(node.volume) as volume:
-            ahead: dict[int, bytes] = {}
-            content = volume.small(node.inode, ahead)
-        for inode, bytes_ahead in ahead.items():
-            self.store(self._inodes.number(GuestFile(node.volume, inode)), bytes_ahead)
+            content, beside = volume.small(node.inode)
+        self._store(node.volume, beside)
         return content
 
-    def small_at_hand(self, node: GuestFile) -> bytes | None:
-        """Return the same if it was read already. Does not block."""
+    def read_on(self, node: GuestFile) -> None:
+        """Read the small files behind one that was at hand."""
+        with self.disks.volume(node.volume) as volume:
+            found = volume.ahead.read_on(node.inode)
+        self._store(node.volume, found)
+
+    def _store(self, volume: VolumeFolder, contents: Mapping[int, bytes]) -> None:
+        for inode, content in contents.items():
+            self.store(self._inodes.number(GuestFile(volume, inode)), content)
+
+    def small_at_hand(self, node: GuestFile) -> tuple[bytes | None, bool]:
+        """Return the same if it was read already, and whether it is time to `read_on`. Does not block."""
         volume = self.disks.at_hand(node.volume)
-        return volume.small_at_hand(node.inode) if volume else None
+        if volume is None:
+            return None, False
+        content = volume.ahead.take(node.inode)
+        return content, content is not None and volume.ahead.wants_more(node.inode)
 
     def _open(self, node: GuestFile, runs: Sequence[Run]) -> Image:
         with self.disks.volume(node.volume) as volume:

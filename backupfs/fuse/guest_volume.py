@@ -50,10 +50,10 @@ class Volume:
     _parents: dict[int, int] = field(default_factory=dict)  # of folders
     _xattrs: dict[int, Mapping[bytes, bytes]] = field(default_factory=dict)
     _xattr_bytes: int = 0
-    _ahead: ReadAhead = field(init=False)
+    ahead: ReadAhead = field(init=False)
 
     def __post_init__(self) -> None:
-        self._ahead = ReadAhead(self.fs.contents)
+        self.ahead = ReadAhead(self.fs.contents)
 
     def stat(self, inode: int) -> Stat:
         """Return what an inode says of itself. Raises BackupfsError."""
@@ -77,7 +77,7 @@ class Volume:
             found[name] = entry.stat
         with self._lock:
             self._remember_folder(inode, found)
-        self._ahead.note(found)
+        self.ahead.note(found)
         return found
 
     def _remember_folder(self, inode: int, found: Mapping[bytes, Stat]) -> None:
@@ -110,22 +110,15 @@ class Volume:
                 raise Unsound(f"inode {inode}: {len(content)} bytes instead of {expected} at {offset}")
         return content
 
-    def small_at_hand(self, inode: int) -> bytes | None:
-        """Return a small file's content if that does not block."""
-        return self._ahead.take(inode)
-
-    def small(self, inode: int, ahead: dict[int, bytes]) -> bytes | None:
-        """Return a small file's content, None: it is not small; put what was read beside it into `ahead`.
-
-        Raises BackupfsError.
-        """
+    def small(self, inode: int) -> tuple[bytes | None, Mapping[int, bytes]]:
+        """Return a small file's content, None: it is not small; and what was read beside it. Raises BackupfsError."""
         found = self.stat(inode)
         if not is_small(found):
-            return None
-        content = self._ahead.take(inode)
+            return None, {}
+        content, beside = self.ahead.take(inode), dict[int, bytes]()
         if content is None:
-            content = self._ahead.read(inode, ahead)
-        return self.read(inode, 0, found.size) if content is None else content
+            content, beside = self.ahead.read(inode)
+        return self.read(inode, 0, found.size) if content is None else content, beside
 
     def runs(self, inode: int) -> Sequence[Run] | None:
         """Return where a file's content lies on the volume; None: not there as it is. Raises BackupfsError."""

@@ -339,14 +339,17 @@ class Operations(pyfuse3.Operations):
         except Stale:
             return True  # who is asked next says so
 
-    def disk_of(self, inode: int) -> int | None:
-        return self._tree.guest_number(inode)
+    def volume_number(self, inode: int) -> int | None:
+        return self._tree.volume_number(inode)
 
     def small_content(self, inode: int) -> bytes | None:
         return self._tree.small_content(inode)
 
-    def small_at_hand(self, inode: int) -> bytes | None:
+    def small_at_hand(self, inode: int) -> tuple[bytes | None, bool]:
         return self._tree.small_at_hand(inode)
+
+    def read_on(self, inode: int) -> None:
+        self._tree.read_on(inode)
 
     def is_constant(self, inode: int) -> bool:
         return self._tree.is_constant(inode)

@@ -1,7 +1,7 @@
 """Small files of guests, read before somebody asks: who reads one file of a folder mostly reads the next one too.
 
 Next in the order that the folder is listed in, as `find` and `tar` go, or in that of the names, as `rsync` does. To ask
-the parser for a hundred small files takes hardly longer than to ask for three. From any thread.
+the parser for twenty small files takes hardly longer than to ask for three. From any thread.
 """
 
 import stat
@@ -15,7 +15,8 @@ from backupfs.units import KiB, MiB
 LARGEST = 128 * KiB
 """Bytes of a file that is small."""
 _LARGEST_HOLE = 4 * KiB  # a file of holes is small only up to here: its holes are not told of
-_BATCH, _BATCH_BYTES = 128, 2 * MiB  # that are read at a time
+_FIRST, _BATCH, _BATCH_BYTES = 16, 64, 2 * MiB  # that are read at a time
+_EARLY = 128  # files before the end of what was read more is
 _KEPT = 8 * MiB
 _NAMES = 50_000  # in the folders that are known
 
@@ -26,12 +27,35 @@ def is_small(found: Stat) -> bool:
 
 
 class _Folder:
-    """The small files of a folder in both orders: inode and size."""
+    """The small files of a folder in both orders, inode and size; and how far they were read ahead in one of them."""
 
     def __init__(self, found: Mapping[bytes, Stat]) -> None:
         small = {name: (s.inode, s.size) for name, s in found.items() if is_small(s)}
         self.orders = [*small.values()], [small[name] for name in sorted(small)]
         self.before: int | None = None  # what was opened last
+        self.order: list[tuple[int, int]] = []  # that somebody follows
+        self.end = 0  # place in it behind what was read
+        self.reading = False
+
+    def follow(self, places: Sequence[int]) -> bool:
+        """Whether the file at these places is the first, or comes behind the last one, in one of the orders."""
+        for order, place in zip(self.orders, places, strict=True):
+            if (self.before is None and not place) or (place and order[place - 1][0] == self.before):
+                self.order, self.end = order, place
+                return True
+        return False
+
+    def next(self, most: int) -> list[tuple[int, int]]:
+        """Return what is to be read now."""
+        batch: list[tuple[int, int]] = []
+        total = 0
+        for number, size in self.order[self.end : self.end + most]:
+            total += size
+            if batch and total > _BATCH_BYTES:
+                break
+            batch.append((number, size))
+        self.end += len(batch)
+        return batch
 
 
 class ReadAhead:
@@ -44,19 +68,20 @@ class ReadAhead:
     def __init__(self, contents: Callable[[Sequence[int], int], Sequence[bytes | None]]) -> None:
         self._contents = contents
         self._lock = threading.Lock()
-        self._places: dict[int, tuple[_Folder, int, int]] = {}  # where an inode is in the orders
+        self._places: dict[int, tuple[_Folder, list[int]]] = {}  # where an inode is in the orders
         self._ahead: dict[int, bytes] = {}
         self._bytes = 0
 
     def note(self, found: Mapping[bytes, Stat]) -> None:
         """Know a folder that was listed."""
         folder = _Folder(found)
-        places = {inode: i for i, (inode, _) in enumerate(folder.orders[0])}
         with self._lock:
-            if len(self._places) + len(places) > _NAMES:
+            if len(self._places) + len(folder.orders[0]) > _NAMES:
                 self._places.clear()
+            for i, (inode, _) in enumerate(folder.orders[0]):
+                self._places[inode] = folder, [i]
             for j, (inode, _) in enumerate(folder.orders[1]):
-                self._places[inode] = folder, places[inode], j
+                self._places[inode][1][1:] = [j]
 
     def take(self, inode: int) -> bytes | None:
         """Return a file's content if it is there, once: the kernel keeps it. Does not block."""
@@ -66,52 +91,61 @@ class ReadAhead:
             content = self._ahead.pop(inode, None)
             if content is not None:
                 self._bytes -= len(content)
-                self._places[inode][0].before = inode
+                if inode in self._places:
+                    self._places[inode][0].before = inode
             return content
 
-    def read(self, inode: int, ahead: dict[int, bytes]) -> bytes | None:
-        """Read a file and, if it is the one behind the last, the next ones, which are put into `ahead`.
+    def wants_more(self, inode: int) -> bool:
+        """Whether it is time to read on behind a file that was taken. Does not block."""
+        folder, places = self._places.get(inode) or (None, [])
+        if folder is None or folder.reading or folder.end >= len(folder.order):
+            return False
+        place = places[0] if folder.order is folder.orders[0] else places[1]
+        return folder.end - _EARLY <= place < folder.end
 
-        Returns None if it is to be read by itself.
+    def read_on(self, inode: int) -> dict[int, bytes]:
+        """Read on behind a file that was taken; return what was read."""
+        with self._lock:
+            folder, _ = self._places.get(inode) or (None, [])
+            if folder is None or folder.reading:
+                return {}
+            folder.reading, batch = True, folder.next(_BATCH)
+        try:
+            return self._read(batch)
+        finally:
+            folder.reading = False
+
+    def read(self, inode: int) -> tuple[bytes | None, dict[int, bytes]]:
+        """Read a file and, if it comes behind the last one, some more.
+
+        Returns:
+            The file's content, None if it is to be read by itself; and that of others.
         """
         with self._lock:
-            place = self._places.get(inode)
-            if place is None:
-                return None
-            wanted = _next(*place)
-            place[0].before = inode
-        if len(wanted) < 2:
-            return None
+            folder, places = self._places.get(inode) or (None, [])
+            batch = folder.next(_FIRST) if folder and folder.follow(places) else []
+            if folder:
+                folder.before = inode
+        if len(batch) < 2:
+            return None, {}
+        found = self._read(batch)
+        return self.take(inode), found
+
+    def _read(self, batch: Sequence[tuple[int, int]]) -> dict[int, bytes]:
         try:
-            found = dict(zip(wanted, self._contents([number for number, _ in wanted], LARGEST), strict=False))
+            contents = self._contents([number for number, _ in batch], LARGEST)
         except BackupfsError:
-            return None  # who asks for it alone is told
-        content = None
+            return {}  # who asks for one alone is told
+        found = {
+            number: data
+            for (number, size), data in zip(batch, contents, strict=False)
+            if data is not None and len(data) == size
+        }
         with self._lock:
             if self._bytes > _KEPT:
                 self._ahead.clear()
                 self._bytes = 0
-            for (number, size), data in found.items():
-                if data is None or len(data) != size:
-                    continue
-                if number == inode:
-                    content = data
-                elif number in self._places and number not in self._ahead:
-                    self._ahead[number] = ahead[number] = data
-                    self._bytes += size
-        return content
-
-
-def _next(folder: _Folder, i: int, j: int) -> list[tuple[int, int]]:
-    """Return a file and those that come behind it, if it comes itself behind the last one or is the first."""
-    for order, position in zip(folder.orders, (i, j), strict=True):
-        if (folder.before is None and not position) or (position and order[position - 1][0] == folder.before):
-            found: list[tuple[int, int]] = []
-            total = 0
-            for number, size in order[position : position + _BATCH]:
-                total += size
-                if found and total > _BATCH_BYTES:
-                    break
-                found.append((number, size))
-            return found
-    return []
+            for number, data in found.items():
+                self._bytes += len(data) - len(self._ahead.get(number, b""))
+                self._ahead[number] = data
+        return found

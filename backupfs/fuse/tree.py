@@ -184,23 +184,29 @@ class Tree:
                 return disk
         return None
 
-    def guest_number(self, inode: int) -> int | None:
-        """Return the number of the disk that a guest's file is on; None: it is none. Does not block."""
+    def volume_number(self, inode: int) -> int | None:
+        """Return a number for the volume that a guest's file is on; None: it is none. Does not block."""
         try:
             node = self.inodes.node(inode)
         except Stale:
             return None
-        return self.inodes.number(node.volume.disk) if isinstance(node, GuestFile) else None
+        return hash(node.volume) if isinstance(node, GuestFile) else None
 
     def small_content(self, inode: int) -> bytes | None:
         """Return the content of a guest's file, None: it is too large for that. Raises Stale, BackupfsError."""
         node = self.inodes.node(inode)
         return self.guests.small_content(node) if isinstance(node, GuestFile) else None
 
-    def small_at_hand(self, inode: int) -> bytes | None:
-        """Return the same if it was read already. Does not block."""
+    def small_at_hand(self, inode: int) -> tuple[bytes | None, bool]:
+        """Return the same if it was read already, and whether it is time to `read_on`. Does not block."""
         node = self.inodes.node(inode)
-        return self.guests.small_at_hand(node) if isinstance(node, GuestFile) else None
+        return self.guests.small_at_hand(node) if isinstance(node, GuestFile) else (None, False)
+
+    def read_on(self, inode: int) -> None:
+        """Read the small files behind one that was at hand. Raises BackupfsError."""
+        node = self.inodes.node(inode)
+        if isinstance(node, GuestFile):
+            self.guests.read_on(node)
 
     def bare_label(self, inode: int) -> int:
         """Return the errno for its SELinux label if something is known to have no extended attributes at all, else 0.

@@ -55,6 +55,7 @@ class Device:
         self.pyfuse3 = socket.socket(fileno=self.lane.session)
         self.pyfuse3.settimeout(10)
         self.complaints: list[str] = []
+        self.read_on_behind: list[int] = []
         self.greeted, self.started = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=trio.run, args=(self._live,))
         self._thread.start()
@@ -77,7 +78,7 @@ class Device:
     def is_guests(self, inode: int) -> bool:
         return inode >= GUEST
 
-    def disk_of(self, inode: int) -> int | None:
+    def volume_number(self, inode: int) -> int | None:
         return 1 if inode >= GUEST else None
 
     def small_content(self, inode: int) -> bytes | None:
@@ -85,8 +86,11 @@ class Device:
             raise GuestError("damaged")
         return b"content of %d" % inode if inode < GUEST + 100 else None
 
-    def small_at_hand(self, inode: int) -> bytes | None:
-        return b"at hand" if inode == GUEST + 7 else None
+    def small_at_hand(self, inode: int) -> tuple[bytes | None, bool]:
+        return (b"at hand", True) if inode == GUEST + 7 else (None, False)
+
+    def read_on(self, inode: int) -> None:
+        self.read_on_behind.append(inode)
 
     def is_constant(self, inode: int) -> bool:
         return inode == BARE
