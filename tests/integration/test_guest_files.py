@@ -21,7 +21,7 @@ from images import FileImage
 from servers import freeze, need, run
 
 from backupfs.errors import BackupfsError, GuestError, NotFound
-from backupfs.filesystem import FileSystem
+from backupfs.filesystem import FileSystem, Run
 from backupfs.guest import messages
 from backupfs.guest.detect import detect
 from backupfs.guest.tsk import TskFileSystem
@@ -140,8 +140,17 @@ def differences(system: FileSystem, root: Path, *ignored: str) -> list[str]:
         middle = ours.size // 3
         if system.read(ours.inode, middle, 5000) != expected[middle : middle + 5000]:
             yield "another content in the middle"
+        runs = system.runs(ours.inode)
+        if runs is not None and b"".join(lying_at(run) for run in runs) != expected:
+            yield "another content on the volume"
         if any(e.flag and any(expected[e.offset : e.end]) for e in system.extents(ours.inode, 0, ours.size)):
             yield "a hole where there is data"
+
+    def lying_at(run: Run) -> bytes:
+        buffer = bytearray(run.length)
+        if run.offset is not None:
+            system._volume.readinto(run.offset, buffer)  # type: ignore[attr-defined]
+        return bytes(buffer)
 
     compare(os.fsencode(root), system.root)
     return found

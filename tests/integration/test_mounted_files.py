@@ -1,0 +1,345 @@
+"""Guests' files in a real mount: DISK.files, beside what the kernel's own mount of the same disk shows."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import random
+import shutil
+import signal
+import stat
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from guest_disks import entry, put, table
+from mounts import AS_NOBODY, LANES, choose_lane, fails_with, let_in, needs_fuse, process_of, unmount_all, wait_until
+from repositories import MOMENT
+from servers import freeze, need, run
+from test_guest_files import SIZE, detect_dirty, fill, make_ext4, mounted
+from test_volume_files import holes
+
+from backupfs.repository.repository import Repository
+from backupfs.services import background
+from backupfs.services import mount as service
+from backupfs.units import MiB
+
+pytestmark = [pytest.mark.timeout(120), needs_fuse]
+
+
+class Mounted:
+    """A repository with one point of the disks, mounted."""
+
+    def __init__(self, folder: Path, lane: bool) -> None:
+        self.lane = lane
+        self.repository, self.path = str(folder / "repo"), str(folder / "shown")
+        os.mkdir(self.path)
+        Repository.init(self.repository)
+
+    def add(self, **disks: Path) -> None:
+        """Add a point with these disks, an hour after the last."""
+        with Repository.open(self.repository) as repository, repository.writer() as writer:
+            number = len(repository.points("web01"))
+            point = writer.begin("web01", MOMENT + timedelta(hours=number))
+            for name, path in disks.items():
+                data = path.read_bytes()
+                target = point.add_disk(name, len(data), f"chain{number}", None)
+                for offset in range(0, len(data), MiB):
+                    target.write(offset, data[offset : offset + MiB])
+                point.finish_disk(target, read="all", reason="test")
+            self.point = writer.commit(point, parent=None).id
+
+    def mount(self, *, allow_other: bool = False, scratch: str | None = None) -> None:
+        service.mount(
+            self.repository, self.path, foreground=False, allow_other=allow_other, options=(), scratch=scratch
+        )
+
+    def at(self, *parts: str) -> Path:
+        """Return a path in the point's folder."""
+        return Path(self.path, "web01", self.point, *parts)
+
+    def log(self) -> str:
+        return Path(background.log_path(self.path)).read_text()
+
+    def parsers(self) -> list[int]:
+        """Return the processes that read file systems."""
+        mine = process_of(self.path)
+        children = Path(f"/proc/{mine}/task").glob("*/children")
+        found = [int(pid) for path in children for pid in path.read_text().split()]
+        return [pid for pid in found if b"guest.child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    def close(self) -> None:
+        with contextlib.suppress(AssertionError):
+            pid = process_of(self.path)
+            for child in self.parsers():
+                os.kill(child, signal.SIGCONT)
+            unmount_all(self.path)
+            wait_until(lambda: not Path(f"/proc/{pid}").exists(), 20)
+        unmount_all(self.path)
+
+
+@pytest.fixture(params=LANES)
+def shown(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mounted]:
+    choose_lane(monkeypatch, request.param)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    mount = Mounted(tmp_path, request.param == "lane")
+    try:
+        yield mount
+    finally:
+        mount.close()
+
+
+FIELDS = ("mode", "nlink", "uid", "gid", "size", "blocks", "rdev", "atime_ns", "mtime_ns", "ctime_ns")
+
+
+def differences(ours: Path, theirs: Path, *ignored: str) -> list[str]:
+    """Return in what two trees differ that should be the same; `ignored`: fields of stat."""
+    found: list[str] = []
+    top = os.fsencode(theirs)
+    for folder, folders, files in os.walk(top):
+        other = os.path.join(os.fsencode(ours), os.path.relpath(folder, top))
+        if sorted(os.listdir(other)) != sorted(folders + files):
+            found.append(f"{folder!r}: {os.listdir(other)}")
+        for name in (b".", *folders, *files):
+            a, b = os.path.join(other, name), os.path.join(folder, name)
+            found += (f"{b!r}: {words}" for words in differs(a, b, ignored))
+    return found
+
+
+def differs(ours: bytes, theirs: bytes, ignored: tuple[str, ...]) -> Iterator[str]:
+    a, b = os.lstat(ours), os.lstat(theirs)
+    for name in FIELDS:
+        if name not in ignored and getattr(a, f"st_{name}") != getattr(b, f"st_{name}"):
+            yield f"{name} {getattr(a, f'st_{name}')}, not {getattr(b, f'st_{name}')}"
+    if xattrs(ours) != xattrs(theirs):
+        yield f"attributes {xattrs(ours)}, not {xattrs(theirs)}"
+    if stat.S_ISLNK(b.st_mode) and os.readlink(ours) != os.readlink(theirs):
+        yield "another target"
+    if stat.S_ISREG(b.st_mode) and Path(os.fsdecode(ours)).read_bytes() != Path(os.fsdecode(theirs)).read_bytes():
+        yield "another content"
+
+
+def xattrs(path: bytes) -> dict[str, bytes]:
+    names = os.listxattr(path, follow_symlinks=False)
+    return {name: os.getxattr(path, name, follow_symlinks=False) for name in names}
+
+
+@pytest.mark.parametrize("options", [(), ("-O", "inline_data")], ids=["default", "inline"])
+def test_ext4_is_what_the_kernel_shows(shown: Mounted, tmp_path: Path, options: tuple[str, ...]) -> None:
+    need("rsync")
+    disk = make_ext4(tmp_path / "disk", *options)
+    with mounted(disk, tmp_path / "mnt") as root:
+        fill(root, posix=True)
+    shown.add(vda=disk)
+    shown.mount()
+    with mounted(disk, tmp_path / "mnt", read_only=True) as root:
+        files = shown.at("vda.files", "0")
+        assert os.listdir(shown.at("vda.files")) == ["0"]
+        assert differences(files, root) == []
+        assert os.stat(files / "a/hard").st_ino == os.stat(files / "a/tiny").st_ino
+        if shown.lane:  # pyfuse3 alone knows no SEEK_HOLE
+            assert holes(files / "a/sparse", 9 * MiB) == holes(root / "a/sparse", 9 * MiB)
+        for a, b in ((files, root), (root, files)):
+            assert run("rsync", "-naHAXi", "--checksum", "--delete", f"{a}/", f"{b}/") == ""
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        run("rsync", "-aHAX", f"{files}/", str(tmp_path / "copy"))
+        assert differences(tmp_path / "copy", root, "atime_ns", "ctime_ns", "blocks", "size") == []
+    assert shown.parsers()
+
+
+def test_ntfs_is_what_ntfs_3g_shows(shown: Mounted, tmp_path: Path) -> None:
+    need("mkfs.ntfs", "ntfs-3g")
+    disk = tmp_path / "disk"
+    with disk.open("wb") as file:
+        file.truncate(SIZE)
+    run("mkfs.ntfs", "-q", "-F", "-f", disk)
+    with mounted(disk, tmp_path / "mnt", ntfs=True) as root:
+        fill(root, posix=False)
+        (root / "compressed").mkdir()
+        os.setxattr(root / "compressed", "system.ntfs_attrib_be", struct.pack(">I", 0x800))
+        (root / "compressed/file").write_bytes(b"some text again and again " * 40_000)
+        os.setxattr(root / "a/tiny", "user.stream", b"alternate")
+    shown.add(vda=disk)
+    shown.mount()
+    with mounted(disk, tmp_path / "mnt", read_only=True, ntfs=True) as root:
+        found = differences(shown.at("vda.files", "0"), root, "blocks", "nlink")
+        # The sizes of folders are told otherwise.
+        assert [line for line in found if ": size " not in line] == []
+        found_holes = holes(shown.at("vda.files", "0", "a/sparse"), 9 * MiB)
+        assert not shown.lane or sum(end - begin for begin, end in found_holes) >= 8 * MiB
+
+
+def test_an_ext4_with_a_journal_to_replay(shown: Mounted, tmp_path: Path) -> None:
+    disk, moment = make_ext4(tmp_path / "disk"), tmp_path / "moment"
+    with mounted(disk, tmp_path / "mnt") as root:
+        fill(root, posix=True)
+        os.sync()
+        for number in range(200):
+            with (root / f"many/file number {number}").open("ab") as file:
+                file.write(b"more")
+                os.fsync(file.fileno())
+        shutil.copyfile(disk, moment)
+    assert detect_dirty(moment)
+    shown.add(vda=moment)
+    shown.mount()
+    with mounted(moment, tmp_path / "mnt"):
+        pass
+    with mounted(moment, tmp_path / "mnt", read_only=True) as root:
+        assert differences(shown.at("vda.files", "0"), root) == []
+
+
+def test_volumes_that_can_and_that_can_not(shown: Mounted, tmp_path: Path) -> None:
+    inside = make_ext4(tmp_path / "inside")
+    with mounted(inside, tmp_path / "mnt") as root:
+        (root / "hello").write_text("hello")
+    journal = bytearray(inside.read_bytes())
+    struct.pack_into("<I", journal, 1024 + 96, struct.unpack_from("<I", journal, 1024 + 96)[0] | 4)  # to be replayed
+    struct.pack_into("<I", journal, 1024 + 0xE0, 7)  # from an inode that is no journal
+    disk = bytearray(3 * SIZE)
+    sectors = SIZE // 512
+    put(
+        disk,
+        0,
+        table(entry(0x83, 2048, sectors), entry(0x82, 2048 + sectors, 2048), entry(0x83, 4096 + sectors, sectors)),
+    )
+    put(disk, 2048 * 512, inside.read_bytes())
+    put(disk, (2048 + sectors) * 512 + 4086, b"SWAPSPACE2")
+    put(disk, (4096 + sectors) * 512, bytes(journal))
+    (tmp_path / "disk").write_bytes(disk)
+    shown.add(vda=tmp_path / "disk")
+    shown.mount()
+    assert sorted(os.listdir(shown.at("vda.files"))) == ["1", "2", "3", "3.NOT-REPLAYED.txt"]
+    assert shown.at("vda.files", "1", "hello").read_text() == "hello"
+    assert os.listdir(shown.at("vda.files", "2")) == ["UNSUPPORTED.txt"]
+    said = shown.at("vda.files", "2", "UNSUPPORTED.txt").read_text()
+    assert "swap space" in said
+    assert "vda.parts/2.raw" in said
+    assert "journal is damaged" in shown.at("vda.files", "3.NOT-REPLAYED.txt").read_text()
+    assert "journal is damaged" in shown.log()
+    assert shown.at("vda.files", "3", "hello").read_text() == "hello"
+    for wrong in ("4", "1.NOT-REPLAYED.txt", "1/none"):
+        fails_with(errno.ENOENT, os.stat, shown.at("vda.files", wrong))
+
+
+def small_files(tmp_path: Path) -> Path:
+    """Return an ext4 with 1,200 files in three folders, of many sizes."""
+    disk, chance = make_ext4(tmp_path / "disk"), random.Random(3)
+    with mounted(disk, tmp_path / "mnt") as root:
+        for number in range(1200):
+            folder = root / str(number % 3)
+            folder.mkdir(exist_ok=True)
+            (folder / f"{chance.randrange(10**9)}").write_bytes(
+                chance.randbytes(chance.choice((0, 1, 700, 5000, 40_000)))
+            )
+    return disk
+
+
+def digests(root: Path, order: Callable[[list[str]], list[str]]) -> dict[str, str]:
+    found = {}
+    for folder in sorted(os.listdir(root)):
+        if folder != "lost+found":
+            for name in order(os.listdir(root / folder)):
+                found[f"{folder}/{name}"] = hashlib.sha256((root / folder / name).read_bytes()).hexdigest()
+    return found
+
+
+def test_small_files_read_in_any_order_at_once(shown: Mounted, tmp_path: Path) -> None:
+    disk = small_files(tmp_path)
+    with mounted(disk, tmp_path / "mnt", read_only=True) as root:
+        expected = digests(root, list)
+    shown.add(vda=disk)
+    shown.mount()
+    files, chance = shown.at("vda.files", "0"), random.Random(4)
+    orders: list[Callable[[list[str]], list[str]]] = [
+        list,
+        sorted,
+        lambda names: sorted(names, reverse=True),
+        lambda names: chance.sample(names, len(names)),
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda order: digests(files, order), orders * 2):
+            assert found == expected
+    Path("/proc/sys/vm/drop_caches").write_text("2")
+    assert digests(files, sorted) == expected
+
+
+def test_a_parser_that_dies_or_hangs(shown: Mounted, tmp_path: Path) -> None:
+    disk = small_files(tmp_path)
+    shown.add(vda=disk)
+    shown.mount()
+    files = shown.at("vda.files", "0")
+    (child,) = (shown.at("vda.files", "0", "0").exists() and shown.parsers()) or ()
+    os.kill(child, signal.SIGKILL)
+    wait_until(lambda: child not in shown.parsers())
+    with contextlib.suppress(OSError):  # EIO: the question that found it dead
+        os.listdir(files / "0")
+    assert len(os.listdir(files / "0")) == 400
+    (child,) = shown.parsers()
+    freeze(child)
+    reader = subprocess.Popen(["ls", "-l", files / "1"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with shown.at("vda.raw").open("rb") as raw:  # nobody else notices
+        assert raw.read() == disk.read_bytes()
+    assert "Input/output error" in reader.communicate(timeout=30)[1]
+    assert "took longer" in shown.log()
+    wait_until(lambda: not Path(f"/proc/{child}").exists())
+    assert len(os.listdir(files / "1")) == 400
+
+
+def test_nothing_can_be_changed(shown: Mounted, tmp_path: Path) -> None:
+    shown.add(vda=small_files(tmp_path))
+    (tmp_path / "scratch").mkdir()
+    shown.mount(scratch=str(tmp_path / "scratch"))
+    files = shown.at("vda.files", "0", "0")
+    one = files / os.listdir(files)[0]
+    fails_with(errno.EROFS, os.open, one, os.O_RDWR)
+    fails_with(errno.EROFS, os.truncate, one, 0)
+    fails_with(errno.EROFS, os.unlink, one)
+    fails_with(errno.EROFS, os.mkdir, files / "new")
+    fails_with(errno.EROFS, os.chmod, one, 0o777)
+    fails_with(errno.EROFS, os.setxattr, one, "user.new", b"1")
+
+
+def test_everybody_who_is_let_in_reads_and_nobody_else_writes(shown: Mounted, tmp_path: Path) -> None:
+    let_in(tmp_path)
+    disk = make_ext4(tmp_path / "disk")
+    with mounted(disk, tmp_path / "mnt") as root:
+        (root / "secret").write_text("secret")
+        (root / "secret").chmod(0o600)
+        (root / "setuid").write_text("")
+        (root / "setuid").chmod(0o4755)
+    shown.add(vda=disk)
+    (tmp_path / "scratch").mkdir()
+    shown.mount(allow_other=True, scratch=str(tmp_path / "scratch"))
+    secret, writable = shown.at("vda.files", "0", "secret"), shown.at("vda.rw")
+    assert run(*AS_NOBODY, "cat", secret) == "secret"
+    for how in ("if=/dev/null", "of=/dev/null"):
+        other = f"{'of' if how.startswith('if') else 'if'}={writable}"
+        done = subprocess.run(
+            [*AS_NOBODY, "dd", how, other, "count=1", "conv=notrunc"], capture_output=True, text=True, check=False
+        )
+        assert "Permission denied" in done.stderr
+    fails_with(errno.EACCES, os.execv, shown.at("vda.files", "0", "setuid"), ["setuid"])
+    assert os.statvfs(secret).f_flag & (os.ST_NOSUID | os.ST_NODEV) == os.ST_NOSUID | os.ST_NODEV
+
+
+def test_latest_moves_and_folders_go(shown: Mounted, tmp_path: Path) -> None:
+    """`latest` is kept by the kernel, and still another one when there is a newer point."""
+    disk = make_ext4(tmp_path / "disk")
+    with mounted(disk, tmp_path / "mnt") as root:
+        (root / "file").write_text("first")
+    shown.add(vda=disk)
+    shown.mount()
+    latest = Path(shown.path, "web01", "latest")
+    assert (latest / "vda.files/0/file").read_text() == "first"
+    first = shown.point
+    with mounted(disk, tmp_path / "mnt") as root:
+        (root / "file").write_text("second")
+    shown.add(vda=disk)
+    wait_until(lambda: os.readlink(latest) == shown.point)
+    assert (latest / "vda.files/0/file").read_text() == "second"
+    assert Path(shown.path, "web01", first, "vda.files/0/file").read_text() == "first"
+    assert (latest / "vda.files/0/file").stat().st_size == 6
