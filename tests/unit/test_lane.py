@@ -246,3 +246,81 @@ def test_data_that_is_known_is_not_looked_for_again() -> None:
     assert file.seek(10, os.SEEK_HOLE) == 64 * KiB
     assert [file.seek(20, whence) for whence in (os.SEEK_HOLE, os.SEEK_DATA)] == [64 * KiB, 20]
     assert asked == [10]
+
+
+# Guests' files (guest_lane.py).
+
+
+def ask(device: Device, opcode: int, unique: int, request: bytes) -> None:
+    """Send a request; of `request` what is behind its unique number counts."""
+    device.kernel.send(kernel.REQUEST.pack(opcode, unique, 0, 0, 0)[:16] + request[16:].ljust(64, b"\0"))
+
+
+def ask_xattr(device: Device, opcode: int, unique: int, inode: int, name: bytes = b"") -> None:
+    size = 0 if name == b"-" else 255  # 0: how large is the answer?
+    ask(device, opcode, unique, kernel.XATTR_REQUEST.pack(inode, size).ljust(kernel.XATTR_AT, b"\0") + name)
+
+
+@pytest.mark.parametrize(("inode", "label"), [(BARE, errno.EOPNOTSUPP), (LABELLED, errno.ENODATA)])
+def test_attributes_that_there_are_none_of(device: Device, inode: int, label: int) -> None:
+    for unique, (name, code) in enumerate(
+        [(b"security.selinux", label), (b"user.backupfs.vm", errno.ENODATA), (b"user.x", errno.ENODATA)], 1
+    ):
+        ask_xattr(device, kernel.GETXATTR, unique, inode, name)
+        assert device.answered() == (unique, code, b"")
+    ask_xattr(device, kernel.LISTXATTR, 8, inode)
+    assert device.answered() == (8, 0, b"")
+    ask_xattr(device, kernel.LISTXATTR, 9, inode, b"-")
+    assert device.answered() == (9, 0, bytes(8))
+
+
+def test_attributes_that_there_may_be(device: Device) -> None:
+    ask_xattr(device, kernel.GETXATTR, 1, 70, b"security.capability")
+    assert device.answered() == (1, errno.ENODATA, b""), "a file of ours has no others than ours"
+    for opcode, inode, name in (
+        (kernel.GETXATTR, 70, b"user.backupfs.vm"),
+        (kernel.LISTXATTR, 70, b""),
+        (kernel.GETXATTR, GUEST, b"security.selinux"),
+        (kernel.LISTXATTR, GUEST, b""),
+    ):
+        ask_xattr(device, opcode, 2, inode, name)
+        assert kernel.REQUEST.unpack_from(device.pyfuse3.recv(1 << 16))[:2] == (opcode, 2)
+
+
+def ask_open(device: Device, unique: int, inode: int, flags: int = os.O_RDONLY) -> None:
+    ask(device, kernel.OPEN, unique, kernel.OPEN_REQUEST.pack(inode, flags))
+
+
+def test_small_files_are_opened_and_released(device: Device) -> None:
+    for unique, (inode, content) in enumerate([(GUEST + 1, b"content of 1001"), (GUEST + 7, b"at hand")], 1):
+        ask_open(device, unique, inode)
+        answered, code, opened = device.answered()
+        assert (answered, code) == (unique, 0)
+        handle, flags = struct.unpack_from("=QI", opened)
+        assert flags == kernel.FOPEN_KEEP_CACHE
+        device.ask(kernel.READ, 10, handle, 0, 4096)
+        assert device.answered() == (10, 0, content)
+        device.ask(kernel.READ, 11, handle, 3, 2)
+        assert device.answered() == (11, 0, content[3:5])
+        device.ask(kernel.LSEEK, 12, handle, 0, os.SEEK_HOLE)
+        assert device.answered() == (12, 0, struct.pack("=Q", len(content)))
+        device.ask(kernel.RELEASE, 13, handle)
+        assert device.answered() == (13, 0, b"")
+    wait_until(lambda: device.read_on_behind == [GUEST + 7])
+
+
+def test_what_is_not_small_or_no_guests_is_opened_by_pyfuse3(device: Device) -> None:
+    for inode, flags in ((GUEST + 200, os.O_RDONLY), (70, os.O_RDONLY), (GUEST + 1, os.O_RDWR)):
+        ask_open(device, 5, inode, flags)
+        assert kernel.REQUEST.unpack_from(device.pyfuse3.recv(1 << 16))[:2] == (kernel.OPEN, 5)
+    ask_open(device, 6, GUEST + 13)
+    assert device.answered() == (6, errno.EIO, b"")
+    assert device.complaints == [f"{GUEST + 13} open: damaged"]
+
+
+def test_a_guests_folder_may_be_kept_by_the_kernel(device: Device) -> None:
+    for inode, flags in ((BARE, kernel.FOPEN_KEEP_CACHE | kernel.FOPEN_CACHE_DIR), (70, 0)):
+        ask(device, kernel.OPENDIR, inode, kernel.INODE.pack(inode))
+        device.pyfuse3.recv(1 << 16)
+        device.pyfuse3.send(kernel.OPEN_ANSWER.pack(kernel.OPEN_ANSWER.size, 0, inode, 3, 0, 0))
+        assert device.answered() == (inode, 0, struct.pack("=QIi", 3, flags, 0))
