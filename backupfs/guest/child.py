@@ -11,6 +11,7 @@ import functools
 import os
 import resource
 import socket
+import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,7 +28,15 @@ _MEMORY = 1024 * MiB  # of address space
 _NOBODY = 65534
 _NO_NEW_PRIVILEGES, _DIE_WITH_PARENT, _NEW_NETWORK = 38, 1, 0x40000000  # source: linux/prctl.h, linux/sched.h
 _SIGKILL = 9
-_DAMAGE = (ValueError, ArithmeticError, LookupError, MemoryError, OSError, UnicodeError)  # what a parser makes of it
+_DAMAGE = (
+    ValueError,
+    struct.error,
+    ArithmeticError,
+    LookupError,
+    MemoryError,
+    OSError,
+    UnicodeError,
+)  # what a parser makes of it
 _METHODS = ("stat", "list", "read", "extents", "runs", "readlink", "xattrs")
 
 

@@ -2,9 +2,10 @@
 
 from backupfs.errors import GuestError
 from backupfs.filesystem import FileSystem
-from backupfs.guest.detect import EXT, FAT, NTFS
+from backupfs.guest.detect import EXT, FAT, NTFS, XFS
 from backupfs.guest.ext_journal import replayed
 from backupfs.guest.tsk import TskFileSystem
+from backupfs.guest.xfs import XfsFileSystem
 from backupfs.image import Image
 
 
@@ -19,4 +20,6 @@ def open_family(volume: Image, family: str, kind: str) -> FileSystem:
         return TskFileSystem(image, family, kind, notes)
     if family in {NTFS, FAT}:
         return TskFileSystem(volume, family, kind)
+    if family == XFS:
+        return XfsFileSystem(volume)
     raise GuestError(f"{kind}: backupfs does not read it")

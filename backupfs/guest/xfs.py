@@ -1,0 +1,152 @@
+"""XFS, read by ourselves: what libraries there are lose nanoseconds, names that are not UTF-8, and fragmented files.
+
+In the process that may do next to nothing (child.py), as the parsers in C are.
+"""
+
+import functools
+import stat as st
+import struct
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+from backupfs.errors import GuestError, NotFound
+from backupfs.extents import Extent, coalesce
+from backupfs.filesystem import Entry, Run, Stat
+from backupfs.guest import xfs_attributes, xfs_folder, xfs_log
+from backupfs.guest.xfs_disk import DEVICE, LOCAL, REMOTE, Disk, Inode, Mapped
+from backupfs.image import Image
+
+_MOST_ENTRIES = 1_000_000  # in a folder
+_LONGEST_LINK = 1024
+_MOST_RUNS = 100_000
+
+
+class XfsFileSystem:
+    """A FileSystem (filesystem.py) on a volume.
+
+    Raises:
+        GuestError: it can't be opened.
+    """
+
+    kind = "xfs"
+
+    def __init__(self, volume: Image) -> None:
+        self._disk = Disk(volume)
+        self.root = self._disk.root
+        self._mapped = functools.lru_cache(64)(self._disk.mapped)
+        self.stat(self.root)
+        said = xfs_log.note(self._disk)
+        self.notes: tuple[str, ...] = (said,) if said else ()
+
+    def stat(self, inode: int) -> Stat:
+        found = self._disk.inode(inode)
+        is_device = st.S_ISCHR(found.mode) or st.S_ISBLK(found.mode)
+        if is_device and (found.form != DEVICE or len(found.data) < 4):
+            self._damaged(inode)
+        return Stat(
+            inode=inode,
+            mode=found.mode,
+            nlink=found.nlink,
+            uid=found.uid,
+            gid=found.gid,
+            size=found.size,
+            allocated=found.blocks * self._disk.block,
+            atime_ns=found.atime_ns,
+            mtime_ns=found.mtime_ns,
+            ctime_ns=found.ctime_ns,
+            rdev=found.rdev if is_device else 0,
+            has_xattrs=bool(found.attributes),
+        )
+
+    def list(self, inode: int) -> list[Entry]:
+        folder = self._disk.inode(inode)
+        if not st.S_ISDIR(folder.mode):
+            raise GuestError(f"inode {inode} is no folder")
+        found: dict[bytes, Entry] = {}
+        for name, number in xfs_folder.entries(self._disk, folder):
+            try:
+                found[name] = Entry(name, self.stat(number))
+            except NotFound:
+                raise GuestError(f"folder {inode} is damaged: {name!r} stands for nothing") from None
+            if len(found) > _MOST_ENTRIES:
+                raise GuestError(f"the folder has more than {_MOST_ENTRIES:,} entries")
+        return [*found.values()]
+
+    def read(self, inode: int, offset: int, length: int) -> bytes:
+        found = self._file(inode)
+        end = min(offset + length, found.size)
+        parts = []
+        for extent, at in self._pieces(found, offset, end):
+            parts.append(self._disk.read(at, extent.length) if at is not None else bytes(extent.length))
+        return b"".join(parts)
+
+    def runs(self, inode: int) -> Sequence[Run] | None:
+        found = self._file(inode)
+        pieces = [Run(extent.length, at) for extent, at in self._pieces(found, 0, found.size)]
+        return pieces if len(pieces) <= _MOST_RUNS else None
+
+    def extents(self, inode: int, offset: int, length: int) -> Iterator[Extent]:
+        found, end = self._file(inode), offset + length
+        pieces = [extent for extent, _ in self._pieces(found, offset, min(end, found.size))]
+        behind = max(offset, min(end, found.size))
+        return coalesce([*pieces, *([Extent(behind, end - behind, True)] if behind < end else [])])
+
+    def readlink(self, inode: int) -> bytes:
+        found = self._disk.inode(inode)
+        if not st.S_ISLNK(found.mode):
+            raise GuestError(f"inode {inode} is no symbolic link")
+        if not 0 < found.size <= _LONGEST_LINK:
+            self._damaged(inode)
+        target = found.data[: found.size] if found.form == LOCAL else self._remote_link(found)
+        if len(target) != found.size:
+            self._damaged(inode)
+        return target
+
+    def xattrs(self, inode: int) -> dict[bytes, bytes]:
+        return xfs_attributes.attributes(self._disk, self._disk.inode(inode))
+
+    def close(self) -> None:
+        self._disk.inode.cache_clear()
+        self._mapped.cache_clear()
+
+    def _damaged(self, inode: int) -> NoReturn:
+        raise GuestError(f"inode {inode} is damaged")
+
+    def _file(self, inode: int) -> Inode:
+        found = self._disk.inode(inode)
+        if not st.S_ISREG(found.mode):
+            raise GuestError(f"inode {inode} is no file")
+        return found
+
+    def _pieces(self, file: Inode, offset: int, end: int) -> Iterator[tuple[Extent, int | None]]:
+        """Cover a range with what is data, each with its place on the volume, and with holes."""
+        for piece in self._mapped(file):
+            if piece.offset + piece.length <= offset or offset >= end:
+                continue
+            if piece.offset >= end:
+                break
+            if piece.offset > offset:
+                yield Extent(offset, piece.offset - offset, True), None
+                offset = piece.offset
+            until = min(piece.offset + piece.length, end)
+            at = None if piece.unwritten else piece.at + offset - piece.offset
+            yield Extent(offset, until - offset, piece.unwritten), at
+            offset = until
+        if offset < end:
+            yield Extent(offset, end - offset, True), None
+
+    def _remote_link(self, link: Inode) -> bytes:
+        """Return a target that has blocks of its own; of version 5 each piece of them has a header."""
+        target, header = b"", 56 if self._disk.version == 5 else 0
+        pieces: Sequence[Mapped] = self._mapped(link)
+        for piece in pieces:
+            if len(target) >= link.size or piece.unwritten or piece.length > 1 << 20:
+                self._damaged(link.number)
+            block = self._disk.read(piece.at, piece.length)
+            wanted = min(link.size - len(target), piece.length - header)
+            if header:
+                self._disk.check(block, piece.at, link.number, REMOTE, b"XSLM")
+                if struct.unpack_from(">II", block, 4) != (len(target), wanted):
+                    self._damaged(link.number)
+            target += block[header : header + wanted]
+        return target
