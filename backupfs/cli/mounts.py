@@ -39,6 +39,7 @@ def mount(
 
     Each disk of each point is a read-only raw file: MOUNTPOINT/VM/POINT/DISK.raw; VM/latest is the newest point.
     DISK.parts beside it has its partitions and logical volumes (LVM2) as raw files; ERROR.txt in it says what is not.
+    DISK.files has the guest's own files in them, DISK.files/VOLUME/etc/hosts; UNSUPPORTED.txt says why there are none.
     A live export is EIO while it is away, and comes back when it does. What `backupfs hydrate` made ready is read by
     the kernel itself, without a look at hashes (root, Linux 6.9 or later).
 

@@ -23,6 +23,8 @@ GUEST_TIMEOUT_S = 3600.0
 """The same for a guest's files, of which there are many: the folder that they are in is looked up again much sooner."""
 FRESH_TIMEOUT_S = 1.0
 """The same for what changes while mounted: folders grow, `latest` moves, `point.json` is edited."""
+LATEST_TIMEOUT_S = 0.1
+"""The same for `latest`, which every path below it goes through: who makes a point and looks at once finds it."""
 LIVE_TIMEOUT_S = 0.0
 """The same for live disks. The kernel looks a name up again once, not twice, when it is told that its number is stale:
 that once is for a disk that comes back while it is opened."""

@@ -28,6 +28,7 @@ from backupfs.fuse.guest_tree import GuestTree
 from backupfs.fuse.nodes import (
     FILE_TIMEOUT_S,
     FRESH_TIMEOUT_S,
+    LATEST_TIMEOUT_S,
     LIVE_TIMEOUT_S,
     Attributes,
     DiskFiles,
@@ -330,7 +331,7 @@ class Tree:
         if node.target not in points:
             raise Stale(f"{node.vm}/{node.target} is gone")
         number, mode, size = self.inodes.number(node), stat.S_IFLNK | 0o777, len(node.target.encode())
-        return Attributes(number, mode, 1, size, 0, points[node.target], FRESH_TIMEOUT_S)
+        return Attributes(number, mode, 1, size, 0, points[node.target], LATEST_TIMEOUT_S)
 
 
 def _inside(entry: PointEntry, folder: str) -> Sequence[DiskFile | TextFile]:

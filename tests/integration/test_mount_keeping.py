@@ -59,7 +59,7 @@ def test_delete_and_gc_beside_a_mount(mounted: tuple[Path, Path]) -> None:
         with Repository.open(str(repo)) as repository:  # back to what the deleted point was made of
             new = add_point(repository, contents[ids[2]], day=9).id
         assert (path / "web01" / new / "vda.raw").read_bytes() == contents[ids[2]]
-        assert os.readlink(path / "web01/latest") == new
+        wait_until(lambda: os.readlink(path / "web01/latest") == new, 1)
         wait_until(lambda: backupfs_json(repo, "gc")["open"] == ["web01/vda/main/3"])
         newest.seek(0)
         assert newest.read(len(disk)) == contents[ids[3]]

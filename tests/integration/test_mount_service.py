@@ -81,8 +81,8 @@ def test_a_repository_in_the_background(real: RealMount) -> None:
     assert mountpoint.find(real.path).source == f"backupfs:{real.repository}"  # type: ignore[union-attr]
     with Repository.open(real.repository) as repository:
         third = add_point(repository, b"x" * 4096).id
+    wait_until(lambda: os.readlink(f"{real.path}/web01/latest") == third, 1)
     assert Path(real.file("latest")).read_bytes() == b"x" * 4096
-    assert os.readlink(f"{real.path}/web01/latest") == third
     pid = real.process()
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
     assert {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (0, 1, 2)} == {"/dev/null"}

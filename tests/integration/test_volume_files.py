@@ -137,7 +137,7 @@ def test_every_volume_is_a_file(mounted: Mounted) -> None:
     mounted.add(vda=first, vdb=second)
     mounted.mount()
     names = sorted(p.name for p in mounted.file("").iterdir())
-    assert names == ["point.json", "vda.parts", "vda.raw", "vdb.parts", "vdb.raw"]
+    assert names == ["point.json", *(f"{disk}.{what}" for disk in ("vda", "vdb") for what in ("files", "parts", "raw"))]
     volumes = expected(first, second)
     volumes |= {name.replace("vda", "vdb"): volumes[name] for name in volumes if "vg0" in name}
     found = {f"{folder}/{name}" for folder in ("vda.parts", "vdb.parts") for name in os.listdir(mounted.file(folder))}
@@ -254,7 +254,7 @@ def test_points_appear_and_nobody_looks_before_he_is_asked(mounted: Mounted) -> 
     layer = next(Path(mounted.repository).glob("vms/web01/disks/vda/main/000000.layer"))
     layer.rename(layer.with_name("away"))
     mounted.mount()
-    assert sorted(os.listdir(mounted.file(""))) == ["point.json", "vda.parts", "vda.raw"]
+    assert sorted(os.listdir(mounted.file(""))) == ["point.json", "vda.files", "vda.parts", "vda.raw"]
     assert mounted.file("vda.parts").is_dir()
     assert os.listdir(mounted.file("vda.parts")) == ["ERROR.txt"]
     layer.with_name("away").rename(layer)

@@ -204,7 +204,7 @@ def test_what_stat_says_and_what_is_refused(both: Place) -> None:
 
 def test_a_mount_without_scratch_has_no_such_files_and_is_read_only(place: Place) -> None:
     place.mount(scratch=None)
-    assert sorted(os.listdir(os.path.dirname(place.file()))) == ["point.json", "vda.parts", "vda.raw"]
+    assert sorted(os.listdir(os.path.dirname(place.file()))) == ["point.json", "vda.files", "vda.parts", "vda.raw"]
     assert os.statvfs(place.path).f_flag & os.ST_RDONLY
 
 
