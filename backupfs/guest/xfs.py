@@ -6,7 +6,9 @@ In the process that may do next to nothing (child.py), as the parsers in C are.
 import functools
 import stat as st
 import struct
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from typing import NoReturn
 
 from backupfs.errors import GuestError, NotFound
@@ -19,6 +21,10 @@ from backupfs.image import Image
 _MOST_ENTRIES = 1_000_000  # in a folder
 _LONGEST_LINK = 1024
 _MOST_RUNS = 100_000
+_NOTE = (
+    "its log was not replayed: what was written last is missing, and what the log changes can't be read. "
+    "The kernel replays it when DISK.rw is mounted (backupfs mount --scratch)"
+)
 
 
 class XfsFileSystem:
@@ -33,10 +39,11 @@ class XfsFileSystem:
     def __init__(self, volume: Image) -> None:
         self._disk = Disk(volume)
         self.root = self._disk.root
-        self._mapped = functools.lru_cache(64)(self._disk.mapped)
+        self._mapped = functools.lru_cache(8)(self._disk.mapped)
         self.stat(self.root)
-        said = xfs_log.note(self._disk)
-        self.notes: tuple[str, ...] = (said,) if said else ()
+        self._pending = xfs_log.pending(self._disk)
+        self._disk.stale = self._pending.sectors
+        self.notes: tuple[str, ...] = () if self._pending.is_empty else (_NOTE,)
 
     def stat(self, inode: int) -> Stat:
         found = self._disk.inode(inode)
@@ -59,11 +66,14 @@ class XfsFileSystem:
         )
 
     def list(self, inode: int) -> list[Entry]:
+        self._refuse_pending(inode)
         folder = self._disk.inode(inode)
         if not st.S_ISDIR(folder.mode):
             raise GuestError(f"inode {inode} is no folder")
         found: dict[bytes, Entry] = {}
         for name, number in xfs_folder.entries(self._disk, folder):
+            if name in found or not name or b"/" in name or b"\0" in name:
+                raise GuestError(f"folder {inode} is damaged: it has the name {name!r}")
             try:
                 found[name] = Entry(name, self.stat(number))
             except NotFound:
@@ -92,6 +102,7 @@ class XfsFileSystem:
         return coalesce([*pieces, *([Extent(behind, end - behind, True)] if behind < end else [])])
 
     def readlink(self, inode: int) -> bytes:
+        self._refuse_pending(inode)
         found = self._disk.inode(inode)
         if not st.S_ISLNK(found.mode):
             raise GuestError(f"inode {inode} is no symbolic link")
@@ -103,6 +114,7 @@ class XfsFileSystem:
         return target
 
     def xattrs(self, inode: int) -> dict[bytes, bytes]:
+        self._refuse_pending(inode)
         return xfs_attributes.attributes(self._disk, self._disk.inode(inode))
 
     def close(self) -> None:
@@ -112,7 +124,12 @@ class XfsFileSystem:
     def _damaged(self, inode: int) -> NoReturn:
         raise GuestError(f"inode {inode} is damaged")
 
+    def _refuse_pending(self, inode: int) -> None:
+        if self._pending.all or inode in self._pending.inodes:
+            raise xfs_log.refuse(f"inode {inode}")
+
     def _file(self, inode: int) -> Inode:
+        self._refuse_pending(inode)
         found = self._disk.inode(inode)
         if not st.S_ISREG(found.mode):
             raise GuestError(f"inode {inode} is no file")
@@ -120,8 +137,10 @@ class XfsFileSystem:
 
     def _pieces(self, file: Inode, offset: int, end: int) -> Iterator[tuple[Extent, int | None]]:
         """Cover a range with what is data, each with its place on the volume, and with holes."""
-        for piece in self._mapped(file):
-            if piece.offset + piece.length <= offset or offset >= end:
+        pieces = self._mapped(file)
+        first = bisect_right(pieces, offset, key=attrgetter("offset")) - 1
+        for piece in pieces[max(first, 0) :] if offset < end else ():
+            if piece.offset + piece.length <= offset:
                 continue
             if piece.offset >= end:
                 break

@@ -115,6 +115,7 @@ class Disk:
         if not sane:
             raise GuestError("its superblock makes no sense, or the volume is too short")
         self._blocks: int = blocks
+        self.stale: set[int] = set()  # sectors of metadata that the log changes: xfs_log.py
         for flag, what in _REFUSED.items():
             if self.version == 5 and incompat & flag:
                 raise GuestError(f"it {what}: not read")
@@ -139,8 +140,10 @@ class Disk:
         """Check that a block of metadata, which lies at `at`, is what it should be.
 
         Raises:
-            GuestError: it is damaged, or another one's.
+            GuestError: it is damaged, or another one's, or older than the log.
         """
+        if self.stale and not self.stale.isdisjoint(range(at // 512, (at + len(block)) // 512)):
+            raise GuestError(f"inode {owner}: a block of it was changed last in the log, which is not replayed")
         if not block.startswith(magics, layout.magic):
             raise GuestError(f"inode {owner}: a block of it is damaged")
         if self.version == 5:

@@ -33,7 +33,7 @@ def _short(disk: Disk, folder: Inode) -> Iterator[tuple[bytes, int]]:
     data = folder.data[: folder.size]
     if len(data) != folder.size or len(data) < 6:
         raise GuestError(f"folder {folder.number} is damaged")
-    count, wide = data[0] or data[1], data[1] > 0
+    count, wide = data[0], data[1] > 0  # the second counts also the parent
     width, position = (8, 10) if wide else (4, 6)
     for _ in range(count):
         end = position + 3 + data[position]
