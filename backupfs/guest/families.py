@@ -2,7 +2,8 @@
 
 from backupfs.errors import GuestError
 from backupfs.filesystem import FileSystem
-from backupfs.guest.detect import EXT, FAT, NTFS, XFS
+from backupfs.guest.btrfs import BtrfsFileSystem
+from backupfs.guest.detect import BTRFS, EXT, FAT, NTFS, XFS
 from backupfs.guest.ext_journal import replayed
 from backupfs.guest.tsk import TskFileSystem
 from backupfs.guest.xfs import XfsFileSystem
@@ -20,6 +21,8 @@ def open_family(volume: Image, family: str, kind: str) -> FileSystem:
         return TskFileSystem(image, family, kind, notes)
     if family in {NTFS, FAT}:
         return TskFileSystem(volume, family, kind)
+    if family == BTRFS:
+        return BtrfsFileSystem(volume)
     if family == XFS:
         return XfsFileSystem(volume)
     raise GuestError(f"{kind}: backupfs does not read it")
