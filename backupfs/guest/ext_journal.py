@@ -17,6 +17,7 @@ _SUPER, _SUPER_SIZE = 1024, 1024
 _RECOVER, _EXTENTS, _WIDE = 0x4, 0x80000, 0x80
 _CHECKSUMS = 0x400  # ro_compat
 _EXTENT_MAGIC, _DEEPEST = 0xF30A, 5
+_MISSING = "what was written last may be missing, and a file that was removed last may show another one's bytes"
 _DIRECT, _LARGEST = 12, 1 << 20  # blocks of a journal: e2fsprogs makes none of more than 10,240,000, mkfs of 262,144
 
 
@@ -33,11 +34,11 @@ def replayed(volume: Image) -> tuple[Image, tuple[str, ...]]:
         return volume, ()
     number, device = struct.unpack_from("<2I", head, 0xE0)
     if not number and device:
-        return volume, ("its journal is on another disk, and was not replayed: what was written last is missing",)
+        return volume, (f"its journal is on another disk, and was not replayed: {_MISSING}",)
     try:
         return _replay(volume, head, number)
     except (DamagedJournalError, struct.error) as e:
-        return volume, (f"its journal is damaged ({e}), and was not replayed: what was written last is missing",)
+        return volume, (f"its journal is damaged ({e}), and was not replayed: {_MISSING}",)
 
 
 def _replay(volume: Image, head: bytes, number: int) -> tuple[Image, tuple[str, ...]]:
@@ -56,7 +57,7 @@ def _replay(volume: Image, head: bytes, number: int) -> tuple[Image, tuple[str, 
         if (target + 1) * block > volume.size:
             raise DamagedJournalError(f"it writes block {target}, behind the end of the volume")
         places[target] = blocks[content.at] * block, content.escaped
-    notes = ("the fast commits in its journal were not replayed: what was written last may be missing",)
+    notes = (f"the fast commits in its journal were not replayed: {_MISSING}",)
     return Replayed(volume, block, places), notes if journal.fast_commits else ()
 
 
