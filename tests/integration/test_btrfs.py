@@ -44,6 +44,15 @@ def mounted(image: Path, folder: Path, options: str = "rw") -> Iterator[Path]:
         run("umount", folder)
 
 
+@pytest.fixture(autouse=True)
+def no_image_stays(tmp_path: Path) -> Iterator[None]:
+    """Remove the images: pytest would keep them all, and they are hundreds of megabytes each."""
+    yield
+    for path in tmp_path.iterdir():
+        if path.is_file():
+            path.unlink()
+
+
 def make(path: Path, *options: str, size: int = 300 * MiB) -> Path:
     need("mkfs.btrfs", "btrfs")
     with path.open("wb") as file:

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import subprocess
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -32,6 +33,15 @@ pytestmark = pytest.mark.timeout(300 if not LONG else 3600)
 
 SIZE = 320 * MiB  # mkfs.xfs makes no smaller ones
 MANY, PIECES = (20_000, 5000) if LONG else (3000, 600)
+
+
+@pytest.fixture(autouse=True)
+def no_image_stays(tmp_path: Path) -> Iterator[None]:
+    """Remove the images: pytest would keep them all, and they are hundreds of megabytes each."""
+    yield
+    for path in tmp_path.iterdir():
+        if path.is_file():
+            path.unlink()
 
 
 def make(path: Path, *options: str) -> Path:
