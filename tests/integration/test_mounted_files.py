@@ -46,10 +46,11 @@ class Mounted:
             number = len(repository.points("web01"))
             point = writer.begin("web01", MOMENT + timedelta(hours=number))
             for name, path in disks.items():
-                data = path.read_bytes()
-                target = point.add_disk(name, len(data), f"chain{number}", None)
-                for offset in range(0, len(data), MiB):
-                    target.write(offset, data[offset : offset + MiB])
+                target = point.add_disk(name, path.stat().st_size, f"chain{number}", None)
+                with path.open("rb") as file:
+                    while data := file.read(MiB):
+                        if any(data):
+                            target.write(file.tell() - len(data), data)
                 point.finish_disk(target, read="all", reason="test")
             self.point = writer.commit(point, parent=None).id
 
