@@ -7,6 +7,7 @@ kernel replays it when it mounts; no parser does. Memory holds where the blocks 
 import struct
 from collections.abc import Iterator
 
+from backupfs.errors import GuestError
 from backupfs.extents import Extent
 from backupfs.guest.crc32c import crc32c
 from backupfs.guest.jbd2 import DamagedJournalError, Journal
@@ -17,16 +18,18 @@ _SUPER, _SUPER_SIZE = 1024, 1024
 _RECOVER, _EXTENTS, _WIDE = 0x4, 0x80000, 0x80
 _CHECKSUMS = 0x400  # ro_compat
 _EXTENT_MAGIC, _DEEPEST = 0xF30A, 5
-_MISSING = "what was written last may be missing, and a file that was removed last may show another one's bytes"
+_REPAIR = "`backupfs mount --scratch` shows a copy, DISK.rw, that e2fsck can repair"
 _DIRECT, _LARGEST = 12, 1 << 20  # blocks of a journal: e2fsprogs makes none of more than 10,240,000, mkfs of 262,144
 
 
 def replayed(volume: Image) -> tuple[Image, tuple[str, ...]]:
     """Return an ext file system with its journal replayed, and what somebody has to know: what could not be replayed.
 
-    The image is the volume itself where there is nothing to replay, or where it can't be. Closing it closes the volume.
+    The image is the volume itself where there is nothing to replay. Closing it closes the volume.
 
     Raises:
+        GuestError: it can't be replayed. Without that a file that was removed may have the bytes of whoever got its
+            blocks since, so nothing is shown; Linux does not mount it either.
         BackupfsError: the disk can't be read.
     """
     head = read(volume, _SUPER, _SUPER_SIZE)
@@ -34,11 +37,11 @@ def replayed(volume: Image) -> tuple[Image, tuple[str, ...]]:
         return volume, ()
     number, device = struct.unpack_from("<2I", head, 0xE0)
     if not number and device:
-        return volume, (f"its journal is on another disk, and was not replayed: {_MISSING}",)
+        raise GuestError("its journal is on another disk, and what is there is needed: it was in use")
     try:
         return _replay(volume, head, number)
     except (DamagedJournalError, struct.error) as e:
-        return volume, (f"its journal is damaged ({e}), and was not replayed: {_MISSING}",)
+        raise GuestError(f"its journal is damaged ({e}), and the file system was in use; {_REPAIR}") from e
 
 
 def _replay(volume: Image, head: bytes, number: int) -> tuple[Image, tuple[str, ...]]:
@@ -57,7 +60,8 @@ def _replay(volume: Image, head: bytes, number: int) -> tuple[Image, tuple[str, 
         if (target + 1) * block > volume.size:
             raise DamagedJournalError(f"it writes block {target}, behind the end of the volume")
         places[target] = blocks[content.at] * block, content.escaped
-    notes = (f"the fast commits in its journal were not replayed: {_MISSING}",)
+    # Blocks change hands with full commits only: without the fast ones it is an older moment, and a right one.
+    notes = ("the fast commits in its journal were not replayed: what was written in the last seconds may be missing",)
     return Replayed(volume, block, places), notes if journal.fast_commits else ()
 
 
