@@ -109,7 +109,7 @@ class Operations(pyfuse3.Operations):
         self._limiter = trio.CapacityLimiter(_CATALOGUE_CALLS)
         self._handles = itertools.count(1)
         self._files: dict[int, _Opened] = {}
-        self._folders: dict[int, tuple[int, Sequence[Entry]]] = {}
+        self._folders: dict[int, tuple[int, Sequence[Entry] | None]] = {}  # None: not read yet
         self._guest_limiters: dict[DiskFiles, trio.CapacityLimiter] = {}
 
     def init(self) -> None:
@@ -192,15 +192,16 @@ class Operations(pyfuse3.Operations):
     @answers
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         handle = next(self._handles)
-        self._folders[handle] = inode, []
+        self._folders[handle] = inode, None
         return handle
 
     @answers
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         # A cookie is a place in a listing that does not change: points may come and go in between. Reading from the
-        # start, as rewinddir does, takes a new one.
+        # start, as rewinddir does, takes a new one. The first question need not be for the start: of a guest's folder
+        # the kernel may have kept that, and lost the rest.
         inode, entries = self._folders[fh]
-        if start_id == 0:
+        if start_id == 0 or entries is None:
             entries = await self._ask(self._tree.entries, inode, of=self._tree.guest_disk(inode))
             self._folders[fh] = inode, entries
         for cookie in range(start_id, len(entries)):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from backupfs.errors import GuestError, NotFound
+from backupfs.guest.crc32c import crc32c
 from backupfs.guest.reading import read
 from backupfs.image import Image
 
@@ -32,6 +33,8 @@ _ACLS = (2, 3)
 _INLINE_DATA = b"system.data"  # where the kernel keeps small files, which it does not show
 _MOST_XATTRS = 1000
 EXTENTS_FLAG, INLINE_FLAG, EA_INODE_FLAG, ENCRYPT_FLAG, HUGE_FLAG = 0x80000, 0x10000000, 0x200000, 0x800, 0x40000
+INDEX_FLAG = 0x1000
+_CHECKSUMS, _SEED = 0x400, 0x2000  # ro_compat, incompat
 
 
 class Inode(NamedTuple):
@@ -75,6 +78,10 @@ class Inodes:
         if self._descriptor > 1024 or self._descriptor & (self._descriptor - 1):
             raise GuestError("the superblock is damaged")
         self.block = 1024 << log_size
+        self._seed: int | None = None
+        if self.ro_compat & _CHECKSUMS:
+            given = struct.unpack_from("<I", head, 0x270)[0]
+            self._seed = given if self.incompat & _SEED else crc32c(head[0x68:0x78])
         self._tables: dict[int, int] = {}
 
     def _read(self, offset: int, length: int) -> bytes:
@@ -115,6 +122,25 @@ class Inodes:
             raw=raw,
             has_xattrs=bool(acl or acl_high) or raw[128 + end : 132 + end] == _EA_MAGIC_BYTES,
         )
+
+    def seed(self, inode: Inode) -> int | None:
+        """Return the state of the CRC-32C that an inode's checksums begin with; None: it has none.
+
+        Source: fs/ext4/inode.c, i_csum_seed in __ext4_iget.
+        """
+        if self._seed is None:
+            return None
+        return crc32c(inode.raw[100:104], crc32c(struct.pack("<I", inode.number), self._seed))
+
+    def inline(self, inode: Inode) -> bytes:
+        """Return what is in the inode itself instead of in blocks. Raises GuestError."""
+        begin = 128 + struct.unpack_from("<H", inode.raw, 128)[0] if len(inode.raw) > 132 else len(inode.raw)
+        area = inode.raw[begin:]
+        if area[:4] == _EA_MAGIC_BYTES:
+            for name, index, value in self._pairs(area[4:], area[4:]):
+                if index == 7 and _PREFIXES[index] + name == _INLINE_DATA:
+                    return inode.block + value
+        return inode.block
 
     def _table(self, group: int) -> int:
         """Return where a group's inode table begins, in bytes."""

@@ -16,12 +16,14 @@ from backupfs.errors import BackupfsError, GuestError, NotFound
 from backupfs.extents import Extent, coalesce
 from backupfs.filesystem import Entry, Run, Stat
 from backupfs.guest.detect import EXT, FAT, NTFS
-from backupfs.guest.ext_inode import ENCRYPT_FLAG, INLINE_FLAG, Inode, Inodes
+from backupfs.guest.ext_folder import entries, names
+from backupfs.guest.ext_inode import ENCRYPT_FLAG, INDEX_FLAG, INLINE_FLAG, Inode, Inodes
 from backupfs.guest.ext_journal import Replayed
 from backupfs.image import Image
-from backupfs.units import KiB
+from backupfs.units import KiB, MiB
 
 _MOST_ENTRIES = 1_000_000  # in a folder
+_LARGEST_FOLDER = 512 * MiB
 _LONGEST_LINK = 4096
 _TYPES = {
     pytsk3.TSK_FS_META_TYPE_REG: st.S_IFREG,
@@ -126,19 +128,44 @@ class TskFileSystem:
     def list(self, inode: int) -> list[Entry]:
         found: dict[bytes, Entry] = {}
         with self._reading(f"folder {inode}"):
-            self._open(inode)
-            for entry in self._fs.open_dir(inode=inode):
-                name = self._name(entry, inode)
-                if name is None or name in found:
+            for name, number, file in self._named(inode):
+                if name in found:
                     continue
-                number = int(entry.info.name.meta_addr)
-                try:
-                    found[name] = Entry(name, self._stat(number, self._checked(entry, number)))
-                except NotFound:
-                    continue  # an entry without an inode: the kernel does not show it either
+                with contextlib.suppress(NotFound):  # an entry without an inode: the kernel does not show it either
+                    found[name] = Entry(name, self._stat(number, file and self._checked(file, number)))
                 if len(found) > _MOST_ENTRIES:
                     raise GuestError(f"the folder has more than {_MOST_ENTRIES:,} entries")
         return list(found.values())
+
+    def _named(self, folder: int) -> Iterator[tuple[bytes, int, Any]]:
+        """Yield names, inodes, and what The Sleuth Kit knows of each; None of ext."""
+        opened = self._open(folder)
+        if self._inodes is not None:
+            try:
+                for name, number in self._ext_names(self._inodes, self._inodes.get(folder), opened):
+                    yield name, number, None
+            except GuestError as e:
+                raise GuestError(f"folder {folder} can't be read: {e}") from e
+            return
+        for entry in self._fs.open_dir(inode=folder):
+            shown = self._name(entry, folder)
+            if shown is not None:
+                yield shown, int(entry.info.name.meta_addr), entry
+
+    def _ext_names(self, inodes: Inodes, folder: Inode, file: Any) -> Iterator[tuple[bytes, int]]:
+        if not st.S_ISDIR(folder.mode):
+            raise GuestError("it is none")
+        if folder.flags & ENCRYPT_FLAG:
+            raise GuestError("it is encrypted")
+        if folder.flags & INLINE_FLAG:
+            return entries(inodes.inline(folder)[4:], inodes.count)  # behind the number of the parent
+        if folder.size % inodes.block or folder.size > _LARGEST_FOLDER:
+            raise GuestError(f"it has {folder.size:,} bytes")
+        content = bytes(file.read_random(0, folder.size)) if folder.size else b""
+        if len(content) != folder.size:
+            raise GuestError("a part of it can't be read")
+        indexed = bool(folder.flags & INDEX_FLAG)
+        return names(content, inodes.block, inodes.count, inodes.seed(folder), indexed)
 
     def read(self, inode: int, offset: int, length: int) -> bytes:
         parts, done = [], 0
@@ -221,6 +248,8 @@ class TskFileSystem:
     def _stat(self, inode: int, file: Any) -> Stat:
         if self._inodes is not None:
             found = self._inodes.get(inode)
+            if not found.nlink:
+                raise NotFound(f"there is no inode {inode}")
             size = len(self._ext_link(found)) if st.S_ISLNK(found.mode) else found.size
             # As the kernel counts what is in the inode itself. Source: fs/ext4/inode.c, ext4_file_getattr.
             inline = -(-size // 512) * 512 if found.flags & INLINE_FLAG and not st.S_ISDIR(found.mode) else 0

@@ -208,6 +208,50 @@ def test_ext(tmp_path: Path, options: tuple[str, ...]) -> None:
         assert not small or system.stat(look(system, "a/big")).mtime_ns % 10**9 == 0
 
 
+@pytest.mark.parametrize(
+    "options", [("-b", "1024"), ("-b", "4096"), ("-b", "1024", "-O", "^metadata_csum"), ("-O", "^dir_index")]
+)
+def test_large_folders_of_ext4(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """With 1 KiB blocks the index has two levels."""
+    path, names = make_ext4(tmp_path / "disk", "-N", "30000", *options), set()
+    with mounted(path, tmp_path / "mnt") as root:
+        (root / "folder").mkdir()
+        for number in range(6000):
+            name = f"{number} {'n' * (number % 230)}"
+            (root / "folder" / name).touch()
+            if number % 3:
+                names.add(name.encode())
+        for number in range(0, 6000, 3):  # what is left of them lies between the others
+            (root / f"folder/{number} {'n' * (number % 230)}").unlink()
+    with closing(open_image(path)) as system:
+        found = [entry.name for entry in system.list(look(system, "folder"))]
+    assert len(found) == len(names)
+    assert set(found) == names
+
+
+def test_a_damaged_folder_of_ext4(tmp_path: Path) -> None:
+    """Each byte of names is checked: none is missing without an error. The index is the first block."""
+    need("debugfs")
+    path = make_ext4(tmp_path / "disk", "-b", "1024")
+    with mounted(path, tmp_path / "mnt") as root:
+        (root / "folder").mkdir()
+        for number in range(100):
+            (root / f"folder/file {number}").touch()
+    content, chance = path.read_bytes(), random.Random(1)
+    blocks = [int(number) * 1024 for number in run("debugfs", "-R", "blocks /folder", path).split()]
+    assert len(blocks) > 2
+    with closing(open_image(path)) as system:
+        folder = look(system, "folder")
+        expected = {entry.name for entry in system.list(folder)}
+    assert len(expected) == 100
+    for _ in range(25):
+        damaged = bytearray(content)
+        damaged[chance.choice(blocks[1:]) + chance.randrange(1024)] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        with closing(open_image(path)) as system, pytest.raises(GuestError, match="checksum"):
+            system.list(folder)
+
+
 @pytest.mark.parametrize("seed", range(20 if LONG else 3))
 def test_an_ext4_that_was_written_to(tmp_path: Path, seed: int) -> None:
     """The disk at a moment while programs write: what is read is what the kernel shows once it replayed the journal."""

@@ -278,6 +278,25 @@ def test_small_files_read_in_any_order_at_once(shown: Mounted, tmp_path: Path) -
     assert digests(files, sorted) == expected
 
 
+def test_a_listing_of_which_the_kernel_loses_a_part(shown: Mounted, tmp_path: Path) -> None:
+    disk = make_ext4(tmp_path / "disk")
+    names = {f"{number:0150}" for number in range(2000)}
+    with mounted(disk, tmp_path / "mnt") as root:
+        (root / "folder").mkdir()
+        for name in names:
+            (root / "folder" / name).touch()
+    shown.add(vda=disk)
+    shown.mount()
+    folder = shown.at("vda.files", "0", "folder")
+    for _ in range(2):
+        assert set(os.listdir(folder)) == names
+    with os.scandir(folder) as entries:  # it takes some hundreds at a time
+        found = [next(entries).name]
+        Path("/proc/sys/vm/drop_caches").write_text("1")
+        found += [entry.name for entry in entries]
+    assert sorted(found) == sorted(names)
+
+
 def test_a_parser_that_dies_or_hangs(shown: Mounted, tmp_path: Path) -> None:
     disk = small_files(tmp_path)
     shown.add(vda=disk)
