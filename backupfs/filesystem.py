@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from backupfs.errors import BackupfsError
 from backupfs.extents import Extent
 
 
@@ -17,7 +18,7 @@ class Stat:
 
     Args:
         inode: its number, as the file system counts; below 2**64.
-        mode: type and permissions, as in st_mode.
+        mode: type and permissions, as in st_mode; 0 in a listing: `stat` says why it can't be read.
         nlink: names it has.
         uid, gid: owner.
         size: bytes; of a symbolic link those of its target.
@@ -82,7 +83,10 @@ class FileSystem(Protocol):
         """Return what an inode says of itself."""
 
     def list(self, inode: int) -> list[Entry]:
-        """Return what is in a folder, without `.` and `..`, each name once, with the `Stat` of each."""
+        """Return what is in a folder, without `.` and `..`, each name once, with the `Stat` of each.
+
+        The `mode` of what can't be read itself is 0: the others can be had.
+        """
 
     def read(self, inode: int, offset: int, length: int) -> bytes:
         """Return a range of a file, short only at its end."""
@@ -101,6 +105,14 @@ class FileSystem(Protocol):
 
     def close(self) -> None:
         """Let it go."""
+
+
+def listed(system: FileSystem, inode: int) -> Stat:
+    """Return what is listed of an inode: its `stat`, or if it can't be read nothing but its number."""
+    try:
+        return system.stat(inode)
+    except BackupfsError:
+        return Stat(inode, 0, 1, 0, 0, 0, 0, 0, 0, 0)
 
 
 def printable(name: bytes) -> str:

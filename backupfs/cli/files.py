@@ -4,6 +4,7 @@ import base64
 import os
 import stat
 import sys
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -73,6 +74,15 @@ def ls(path: str, as_json: bool) -> None:
             if stat.S_ISDIR(found.mode):
                 listed = sorted((entry.name, entry.stat) for entry in system.list(found.inode))
             links = {s.inode: _target(system, s) for _, s in listed if stat.S_ISLNK(s.mode)}
+            damaged = [f"{printable(name)}: {_why(system, s.inode)}" for name, s in listed if not s.mode]
+    _print_entries(listed, links, as_json)
+    for words in damaged:
+        tell(words)
+    if damaged:
+        raise GuestError(f"{len(damaged)} of {len(listed)} names stand for what can't be read")
+
+
+def _print_entries(listed: Sequence[tuple[bytes, Stat]], links: Mapping[int, bytes], as_json: bool) -> None:
     if as_json:
         more = [{"target": _name(links[s.inode])["name"]} if s.inode in links else {} for _, s in listed]
         print_json([{**_name(n), **_facts(s), **extra} for (n, s), extra in zip(listed, more, strict=True)])
@@ -85,6 +95,14 @@ def ls(path: str, as_json: bool) -> None:
         rows.append((stat.filemode(s.mode), *owner, size, _time(s.mtime_ns), printable(entry) + arrow))
     if rows:
         print_table(rows)
+
+
+def _why(system: FileSystem, inode: int) -> str:
+    try:
+        system.stat(inode)
+    except BackupfsError as e:
+        return str(e)
+    return "it can be read now"
 
 
 def _target(system: FileSystem, link: Stat) -> bytes:

@@ -94,7 +94,8 @@ class GuestTree:
                 with self._volume(folder) as (volume, inode):
                     found = volume.folder(inode).get(name)
                     if found is not None:
-                        return self._of(self._node(folder, volume, found.inode), sound(found))
+                        node = self._node(folder, volume, found.inode)
+                        return self._of(node, sound(found) if found.mode else volume.stat(found.inode))
         raise NotFound(f"no name {name!r} here")
 
     def attributes(self, node: GuestNode) -> Attributes:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from backupfs.errors import GuestError, NotFound
 from backupfs.extents import Extent, coalesce
-from backupfs.filesystem import Entry, Run, Stat
+from backupfs.filesystem import Entry, Run, Stat, listed
 from backupfs.guest.btrfs_data import NONE, decompress
 from backupfs.guest.btrfs_disk import CHECKSUM_TREE, FS_TREE, ROOT_ITEM, ROOT_TREE, Disk
 from backupfs.image import Image
@@ -104,10 +104,7 @@ class BtrfsFileSystem:
                     inside = self._subvolume(tree, child, number, name)
                 elif kind != _INODE_ITEM:
                     raise GuestError(f"folder {inode} is damaged")
-                try:
-                    found[name] = Entry(name, self.stat(inside))
-                except NotFound:
-                    raise GuestError(f"folder {inode} is damaged: {name!r} stands for nothing") from None
+                found[name] = Entry(name, listed(self, inside))
                 if len(found) > _MOST_ENTRIES:
                     raise GuestError(f"the folder has more than {_MOST_ENTRIES:,} entries")
         return [*found.values()]

@@ -7,4 +7,4 @@ _INVERTED = 0xFFFFFFFF
 
 def crc32c(data: bytes, state: int = _INVERTED) -> int:
     """Return the checksum's state after some bytes: without the inversions at both ends that others make."""
-    return library.crc32c(data, state ^ _INVERTED) ^ _INVERTED
+    return int(library.crc32c(data, state ^ _INVERTED)) ^ _INVERTED

@@ -29,9 +29,10 @@ _OTHERS = (
     (32769, b"CD001", "ISO 9660"),
 )
 _EXT_MAGIC = b"\x53\xef"
-_JOURNAL_DEVICE, _RECOVER, _META_BG, _COMPRESSION = 0x8, 0x4, 0x10, 0x1
-_KNOWN_INCOMPAT = 0x2 | _RECOVER | 0x40 | 0x80 | 0x100 | 0x200 | 0x400 | 0x2000 | 0x4000 | 0x8000 | 0x10000 | 0x20000
-_BIGALLOC = 0x200
+_JOURNAL_DEVICE, _RECOVER, _COMPRESSION = 0x8, 0x4, 0x1
+_KNOWN_INCOMPAT = (
+    0x2 | _RECOVER | 0x10 | 0x40 | 0x80 | 0x100 | 0x200 | 0x400 | 0x2000 | 0x4000 | 0x8000 | 0x10000 | 0x20000
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +79,8 @@ def _ext(head: bytes) -> Found:
     kind = "ext4" if incompat & ~0x7 or ro_compat & ~0x7 else "ext3" if compat & 0x4 else "ext2"
     if incompat & _JOURNAL_DEVICE:
         return Found(None, kind, "the journal of an ext file system: there are no files in it")
-    for flag, name in ((_META_BG, "meta_bg"), (_COMPRESSION, "compression")):
-        if incompat & flag:
-            return Found(None, kind, f"{kind} with {name}, which backupfs does not read")
-    if ro_compat & _BIGALLOC:
-        return Found(None, kind, f"{kind} with bigalloc, which backupfs does not read")
+    if incompat & _COMPRESSION:
+        return Found(None, kind, f"{kind} with compression, which backupfs does not read")
     if incompat & ~_KNOWN_INCOMPAT:
         return Found(None, kind, f"{kind} with features that backupfs does not know ({incompat & ~_KNOWN_INCOMPAT:#x})")
     return Found(EXT, kind)

@@ -1,7 +1,6 @@
-"""The names in an ext folder, block by block, as Linux reads one without its index.
+"""The names in an ext folder, block by block, as Linux reads one without its index (htree).
 
-The Sleuth Kit takes the blocks of an index (htree) for names, sometimes. What an index adds looks like entries that are
-not used, but for its checksums.
+What an index adds looks like entries that are not used, but for its checksums.
 
 Source: Linux, fs/ext4/ext4.h (ext4_dir_entry_2), dir.c (__ext4_check_dir_entry), namei.c (ext4_dirblock_csum_verify,
 get_dx_countlimit), inline.c.
@@ -19,24 +18,22 @@ _LEAST = 12  # bytes of an entry
 _ROOT_SIZE = 8  # of what describes an index, behind `.` and `..`
 
 
-def names(content: bytes, block: int, inodes: int, seed: int | None, indexed: bool) -> Iterator[tuple[bytes, int]]:
-    """Yield the names in a folder and their inodes, without `.` and `..`.
+def names(part: bytes, offset: int, inodes: int, seed: int | None, indexed: bool) -> Iterator[tuple[bytes, int]]:
+    """Yield the names in a block of a folder and their inodes, without `.` and `..`.
 
     Args:
-        content: of the folder, whole blocks.
-        block: bytes.
+        part: the block.
+        offset: of it in the folder, bytes.
         inodes: that the file system has.
-        seed: state of the CRC-32C that the blocks' checksums begin with; None: they have none.
-        indexed: whether some of the blocks may be an index.
+        seed: state of the CRC-32C that the folder's checksums begin with; None: it has none.
+        indexed: whether the block may be one of an index.
 
     Raises:
-        GuestError: a block is damaged.
+        GuestError: it is damaged.
     """
-    for begin in range(0, len(content), block):
-        part = content[begin : begin + block]
-        if seed is not None and not (indexed and _is_index(part, block, first=begin == 0)):
-            _verify(part, seed)
-        yield from entries(part, inodes)
+    if seed is not None and not (indexed and _is_index(part, first=not offset)):
+        _verify(part, seed)
+    yield from entries(part, inodes)
 
 
 def entries(part: bytes, inodes: int) -> Iterator[tuple[bytes, int]]:
@@ -64,7 +61,8 @@ def _length(length: int, block: int) -> int:
     return block if length in {0, 0xFFFF} else length & 0xFFFC | (length & 3) << 16
 
 
-def _is_index(part: bytes, block: int, *, first: bool) -> bool:
+def _is_index(part: bytes, *, first: bool) -> bool:
+    block = len(part)
     inode, length, _, _ = _ENTRY.unpack_from(part)
     if not first:
         return bool(not inode and _length(length, block) == block)

@@ -1,11 +1,10 @@
-"""What The Sleuth Kit does not tell of an ext inode: exact times, owners, xattrs, ACLs, device numbers.
+"""The superblock and the inodes of an ext file system, with their checksums.
 
-Source of all layouts: Linux, fs/ext4/ext4.h, fs/ext4/xattr.h, fs/ext4/acl.h.
+Source of all layouts: Linux, fs/ext4/ext4.h; super.c (descriptor_loc, ext4_bg_has_super); inode.c (ext4_inode_csum).
 """
 
 import os
 import struct
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from backupfs.errors import GuestError, NotFound
@@ -17,24 +16,12 @@ _SUPER = 1024
 _INODE = struct.Struct("<HHIIII4xHHII4x60s")  # mode, uid, size, atime, ctime, mtime, gid, nlink, blocks, flags, block
 _INODE_REST = struct.Struct("<II4xHHHH")  # acl; size, blocks, acl, uid, gid _high
 _EXTRA = struct.Struct("<HHIII")  # extra_isize, checksum_hi; ctime, mtime, atime _extra
-_EA_MAGIC = 0xEA020000
-_EA_MAGIC_BYTES = struct.pack("<I", _EA_MAGIC)
-_ENTRY = struct.Struct("<BBHIII")  # name_len, name_index, value_offs, value_inum, value_size, hash
-_PREFIXES = {
-    1: b"user.",
-    2: b"system.posix_acl_access",
-    3: b"system.posix_acl_default",
-    4: b"trusted.",
-    6: b"security.",
-    7: b"system.",
-    8: b"system.richacl",
-}
-_ACLS = (2, 3)
-_INLINE_DATA = b"system.data"  # where the kernel keeps small files, which it does not show
-_MOST_XATTRS = 1000
+ROOT = 2
 EXTENTS_FLAG, INLINE_FLAG, EA_INODE_FLAG, ENCRYPT_FLAG, HUGE_FLAG = 0x80000, 0x10000000, 0x200000, 0x800, 0x40000
 INDEX_FLAG = 0x1000
-_CHECKSUMS, _SEED = 0x400, 0x2000  # ro_compat, incompat
+_SPARSE, _HUGE_FILES, _CHECKSUMS = 0x1, 0x8, 0x400  # ro_compat
+_META_GROUPS, _WIDE, _SEED, _LARGE_FOLDERS = 0x10, 0x80, 0x2000, 0x4000  # incompat
+_SPARSE_2 = 0x200  # compat
 
 
 class Inode(NamedTuple):
@@ -54,7 +41,12 @@ class Inode(NamedTuple):
     rdev: int
     block: bytes  # i_block: 60 bytes
     raw: bytes
-    has_xattrs: bool  # there may be some
+    attributes: int  # the block with more of its extended attributes, 0: none
+
+    @property
+    def behind(self) -> bytes:
+        """What is behind the fields of the inode: extended attributes."""
+        return self.raw[128 + struct.unpack_from("<H", self.raw, 128)[0] :] if len(self.raw) > 132 else b""
 
 
 class Inodes:
@@ -66,25 +58,34 @@ class Inodes:
 
     def __init__(self, volume: Image) -> None:
         self._volume = volume
-        head = self._read(_SUPER, 1024)
-        self.count, self._first_data, log_size = struct.unpack_from("<I", head)[0], *struct.unpack_from("<2I", head, 20)
-        self._per_group, revision = struct.unpack_from("<I", head, 40)[0], struct.unpack_from("<I", head, 76)[0]
-        self.compat, self.incompat, self.ro_compat = struct.unpack_from("<3I", head, 92)
-        self._inode_size = struct.unpack_from("<H", head, 88)[0] if revision else 128
-        wide = struct.unpack_from("<H", head, 254)[0] if self.incompat & 0x80 else 0
-        self._descriptor = max(wide, 64) if self.incompat & 0x80 else 32
-        if log_size > 6 or not self._per_group or self._inode_size < 128 or self._inode_size > (1024 << log_size):
+        head = self.read(_SUPER, 1024)
+
+        def number(at: int) -> int:
+            return int.from_bytes(head[at : at + 4], "little")
+
+        self.count, low, self.first_data, log_size = number(0), number(4), number(20), number(24)
+        self._group_blocks, self._per_group = number(32), number(40)
+        self._compat, self._incompat, self._ro_compat = number(92), number(96), number(100)
+        wide, revised = self._incompat & _WIDE, number(76)
+        self.blocks = low | (number(0x150) << 32 if wide else 0)
+        self._first, self._inode_size = struct.unpack_from("<IH", head, 84) if revised else (11, 128)
+        self._descriptor = max(struct.unpack_from("<H", head, 254)[0], 64) if wide else 32
+        self._first_meta_group = number(260) if self._incompat & _META_GROUPS else 1 << 32
+        self._backups = number(0x24C), number(0x250)
+        if log_size > 6 or not self._per_group or not 128 <= self._inode_size <= 1024 << log_size:
             raise GuestError("the superblock is damaged")
         if self._descriptor > 1024 or self._descriptor & (self._descriptor - 1):
             raise GuestError("the superblock is damaged")
         self.block = 1024 << log_size
         self._seed: int | None = None
-        if self.ro_compat & _CHECKSUMS:
-            given = struct.unpack_from("<I", head, 0x270)[0]
-            self._seed = given if self.incompat & _SEED else crc32c(head[0x68:0x78])
+        if self._ro_compat & _CHECKSUMS:
+            if crc32c(head[:1020]) != number(1020):
+                raise GuestError("the superblock is damaged: its checksum is wrong")
+            self._seed = number(0x270) if self._incompat & _SEED else crc32c(head[0x68:0x78])
         self._tables: dict[int, int] = {}
 
-    def _read(self, offset: int, length: int) -> bytes:
+    def read(self, offset: int, length: int) -> bytes:
+        """Return a part of the volume. Raises GuestError; BackupfsError: it can't be read."""
         data = read(self._volume, offset, length)
         if data is None:
             raise GuestError(f"the file system is damaged: it wants {length} bytes at {offset}, behind its end")
@@ -95,22 +96,25 @@ class Inodes:
         if not 1 <= number <= self.count:
             raise NotFound(f"there is no inode {number}")
         group, index = divmod(number - 1, self._per_group)
-        raw = self._read(self._table(group) + index * self._inode_size, self._inode_size)
+        raw = self.read(self._table(group) + index * self._inode_size, self._inode_size)
+        self._verify(number, raw)
         mode, uid, size, atime, ctime, mtime, gid, nlink, blocks, flags, block = _INODE.unpack_from(raw)
         acl, size_high, blocks_high, acl_high, uid_high, gid_high = _INODE_REST.unpack_from(raw, 104)
         end, more_ctime, more_mtime, more_atime = 0, 0, 0, 0  # of the fields that there are
         if len(raw) >= 128 + _EXTRA.size:
             end, _, more_ctime, more_mtime, more_atime = _EXTRA.unpack_from(raw, 128)
         sectors, unit = blocks, 512
-        if self.ro_compat & 0x8:
+        if self._ro_compat & _HUGE_FILES:
             sectors |= blocks_high << 32
             unit = self.block if flags & HUGE_FLAG else 512
+        if mode & 0xF000 == 0x8000 or self._incompat & _LARGE_FOLDERS:
+            size |= size_high << 32
         return Inode(
             number=number,
             mode=mode,
             uid=uid | uid_high << 16,
             gid=gid | gid_high << 16,
-            size=size | size_high << 32,
+            size=size,
             nlink=nlink,
             allocated=sectors * unit,
             flags=flags,
@@ -120,91 +124,76 @@ class Inodes:
             rdev=_device(block[:8]) if mode & 0xF000 in (0x2000, 0x6000) else 0,
             block=block,
             raw=raw,
-            has_xattrs=bool(acl or acl_high) or raw[128 + end : 132 + end] == _EA_MAGIC_BYTES,
+            attributes=acl | (acl_high << 32 if self._incompat & _WIDE else 0),
         )
+
+    def is_special(self, number: int) -> bool:
+        """Whether an inode is the file system's own: no name may stand for it."""
+        return number < self._first and number != ROOT
 
     def seed(self, inode: Inode) -> int | None:
         """Return the state of the CRC-32C that an inode's checksums begin with; None: it has none.
 
         Source: fs/ext4/inode.c, i_csum_seed in __ext4_iget.
         """
+        return self._seed_of(inode.number, inode.raw)
+
+    def attributes_seed(self, at: int) -> int | None:
+        """Return the same for a block of extended attributes. Source: fs/ext4/xattr.c, ext4_xattr_block_csum."""
+        return None if self._seed is None else crc32c(struct.pack("<Q", at), self._seed)
+
+    def _seed_of(self, number: int, raw: bytes) -> int | None:
         if self._seed is None:
             return None
-        return crc32c(inode.raw[100:104], crc32c(struct.pack("<I", inode.number), self._seed))
+        return crc32c(raw[100:104], crc32c(struct.pack("<I", number), self._seed))
 
-    def inline(self, inode: Inode) -> bytes:
-        """Return what is in the inode itself instead of in blocks. Raises GuestError."""
-        begin = 128 + struct.unpack_from("<H", inode.raw, 128)[0] if len(inode.raw) > 132 else len(inode.raw)
-        area = inode.raw[begin:]
-        if area[:4] == _EA_MAGIC_BYTES:
-            for name, index, value in self._pairs(area[4:], area[4:]):
-                if index == 7 and _PREFIXES[index] + name == _INLINE_DATA:
-                    return inode.block + value
-        return inode.block
+    def _verify(self, number: int, raw: bytes) -> None:
+        seed = self._seed_of(number, raw)
+        if seed is None:
+            return
+        low, high = struct.unpack_from("<H", raw, 124)[0], 0
+        blank, mask = bytearray(raw), 0xFFFF
+        blank[124:126] = bytes(2)
+        if len(raw) > 132 and struct.unpack_from("<H", raw, 128)[0] >= 4:
+            high, mask = struct.unpack_from("<H", raw, 130)[0], 0xFFFFFFFF
+            blank[130:132] = bytes(2)
+        if crc32c(bytes(blank), seed) & mask != low | high << 16:
+            raise GuestError(f"inode {number} is damaged: its checksum is wrong")
 
     def _table(self, group: int) -> int:
         """Return where a group's inode table begins, in bytes."""
         if group not in self._tables:
             if len(self._tables) > 100_000:
                 self._tables.clear()
-            first = (self._first_data + 1) * self.block + group * self._descriptor
-            descriptor = self._read(first, self._descriptor)
+            each = self.block // self._descriptor
+            at = self._descriptors(group // each) * self.block + group % each * self._descriptor
+            descriptor = self.read(at, self._descriptor)
             low = struct.unpack_from("<I", descriptor, 8)[0]
             high = struct.unpack_from("<I", descriptor, 40)[0] if self._descriptor >= 64 else 0
             self._tables[group] = (low | high << 32) * self.block
         return self._tables[group]
 
-    # Extended attributes.
+    def _descriptors(self, number: int) -> int:
+        """Return where a block of group descriptors is, in blocks. Source: fs/ext4/super.c, descriptor_loc."""
+        if number < self._first_meta_group:
+            return _SUPER // self.block + 1 + number
+        group = number * (self.block // self._descriptor)
+        behind = self._has_super(group) + (self.block == 1024 and not number and not self.first_data)
+        return self.first_data + group * self._group_blocks + behind
 
-    def xattrs(self, inode: Inode) -> dict[bytes, bytes]:
-        """Return an inode's extended attributes as the kernel shows them. Raises GuestError."""
-        found: dict[bytes, bytes] = {}
-        if len(inode.raw) > 128 + 4:
-            start = 128 + struct.unpack_from("<H", inode.raw, 128)[0]
-            area = inode.raw[start:]
-            if len(area) >= 8 and struct.unpack_from("<I", area)[0] == _EA_MAGIC:
-                found |= self._entries(area[4:], area[4:])
-        low, high = struct.unpack_from("<I", inode.raw, 104)[0], struct.unpack_from("<H", inode.raw, 118)[0]
-        acl_block = low | (high << 32 if self.incompat & 0x80 else 0)
-        if acl_block:
-            block = self._read(acl_block * self.block, self.block)
-            if struct.unpack_from("<I", block)[0] != _EA_MAGIC:
-                raise GuestError(f"inode {inode.number}: its block of extended attributes is damaged")
-            found = self._entries(block[32:], block) | found
-        return found
+    def _has_super(self, group: int) -> bool:
+        if group == 0:
+            return True
+        if self._compat & _SPARSE_2:
+            return group in self._backups
+        sparse = bool(self._ro_compat & _SPARSE)
+        return group <= 1 or not sparse or any(_is_power(group, base) for base in (3, 5, 7))
 
-    def _entries(self, entries: bytes, values: bytes) -> dict[bytes, bytes]:
-        found: dict[bytes, bytes] = {}
-        for name, index, value in self._pairs(entries, values):
-            prefix = _PREFIXES.get(index)
-            if prefix is None or (index == 7 and prefix + name == _INLINE_DATA):
-                continue
-            found[prefix + (b"" if index in (*_ACLS, 8) else name)] = _acl(value) if index in _ACLS else value
-        return found
 
-    def _pairs(self, entries: bytes, values: bytes) -> Iterator[tuple[bytes, int, bytes]]:
-        position = 0
-        for _ in range(_MOST_XATTRS):
-            if position + 4 > len(entries) or entries[position : position + 4] == bytes(4):
-                return
-            if position + _ENTRY.size > len(entries):
-                break
-            name_length, index, offset, inode, size, _hash = _ENTRY.unpack_from(entries, position)
-            name = entries[position + _ENTRY.size : position + _ENTRY.size + name_length]
-            if inode:
-                value = self._value_inode(inode, size)
-            elif offset + size > len(values):
-                break
-            else:
-                value = values[offset : offset + size]
-            yield name, index, value
-            position += _ENTRY.size + (name_length + 3 & ~3)
-        raise GuestError("its extended attributes are damaged")
-
-    def _value_inode(self, number: int, size: int) -> bytes:
-        raise GuestError(
-            f"an extended attribute of {size} bytes is in an inode of its own ({number}), which is not read"
-        )
+def _is_power(number: int, base: int) -> bool:
+    while number > 1 and number % base == 0:
+        number //= base
+    return number == 1
 
 
 def _time(seconds: int, extra: int) -> int:
@@ -219,23 +208,3 @@ def _device(block: bytes) -> int:
     if old:
         return os.makedev(old >> 8 & 0xFF, old & 0xFF)
     return os.makedev((new & 0xFFF00) >> 8, (new & 0xFF) | (new >> 12 & 0xFFF00))
-
-
-def _acl(value: bytes) -> bytes:
-    """Return an ACL as in an xattr's value on Linux. Source: fs/ext4/acl.c, ext4_acl_from_disk."""
-    if len(value) < 4 or struct.unpack_from("<I", value)[0] != 1:
-        raise GuestError("an access control list is damaged")
-    out, position = [struct.pack("<I", 2)], 4
-    while position < len(value):
-        if position + 4 > len(value):
-            raise GuestError("an access control list is damaged")
-        tag, permissions = struct.unpack_from("<2H", value, position)
-        position += 4
-        who = 0xFFFFFFFF
-        if tag in (0x02, 0x08):  # a named user or group
-            if position + 4 > len(value):
-                raise GuestError("an access control list is damaged")
-            (who,) = struct.unpack_from("<I", value, position)
-            position += 4
-        out.append(struct.pack("<2HI", tag, permissions, who))
-    return b"".join(out)

@@ -4,6 +4,7 @@ from backupfs.errors import GuestError
 from backupfs.filesystem import FileSystem
 from backupfs.guest.btrfs import BtrfsFileSystem
 from backupfs.guest.detect import BTRFS, EXT, FAT, NTFS, XFS
+from backupfs.guest.ext import ExtFileSystem
 from backupfs.guest.ext_journal import replayed
 from backupfs.guest.tsk import TskFileSystem
 from backupfs.guest.xfs import XfsFileSystem
@@ -18,7 +19,7 @@ def open_family(volume: Image, family: str, kind: str) -> FileSystem:
     """
     if family == EXT:
         image, notes = replayed(volume)
-        return TskFileSystem(image, family, kind, notes)
+        return ExtFileSystem(image, kind, notes)
     if family in {NTFS, FAT}:
         return TskFileSystem(volume, family, kind)
     if family == BTRFS:

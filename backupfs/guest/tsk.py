@@ -1,4 +1,4 @@
-"""ext2/3/4, NTFS and FAT, read by The Sleuth Kit; and of ext's inodes what it does not tell (ext_inode.py).
+"""NTFS and FAT, read by The Sleuth Kit.
 
 C on what a guest wrote: only in a process of its own (child.py). One thread.
 """
@@ -15,15 +15,11 @@ import pytsk3
 from backupfs.errors import BackupfsError, GuestError, NotFound
 from backupfs.extents import Extent, coalesce
 from backupfs.filesystem import Entry, Run, Stat
-from backupfs.guest.detect import EXT, FAT, NTFS
-from backupfs.guest.ext_folder import entries, names
-from backupfs.guest.ext_inode import ENCRYPT_FLAG, INDEX_FLAG, INLINE_FLAG, Inode, Inodes
-from backupfs.guest.ext_journal import Replayed
+from backupfs.guest.detect import FAT, NTFS
 from backupfs.image import Image
-from backupfs.units import KiB, MiB
+from backupfs.units import KiB
 
 _MOST_ENTRIES = 1_000_000  # in a folder
-_LARGEST_FOLDER = 512 * MiB
 _LONGEST_LINK = 4096
 _TYPES = {
     pytsk3.TSK_FS_META_TYPE_REG: st.S_IFREG,
@@ -41,7 +37,7 @@ _MOST_RUNS = 100_000
 _NOT_RESIDENT = int(pytsk3.TSK_FS_ATTR_NONRES)
 _STORED_OTHERWISE = int(pytsk3.TSK_FS_ATTR_COMP) | int(pytsk3.TSK_FS_ATTR_ENC)
 _FILLER = int(pytsk3.TSK_FS_ATTR_RUN_FLAG_FILLER)
-# Of ext a hole at the beginning or in the middle is a filler, the one at the end, or what was never written, is sparse.
+# A hole may be either.
 _HOLE = _FILLER | int(pytsk3.TSK_FS_ATTR_RUN_FLAG_SPARSE)
 
 
@@ -76,14 +72,14 @@ class _Volume(pytsk3.Img_Info):  # type: ignore[misc]  # pytsk3 has no types
 
 
 class TskFileSystem:
-    """A FileSystem (filesystem.py), as `detect` found it; `notes`: what somebody has to know."""
+    """A FileSystem (filesystem.py), as `detect` found it."""
 
-    def __init__(self, volume: Image, family: str, kind: str, notes: tuple[str, ...] = ()) -> None:
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, volume: Image, family: str, kind: str) -> None:
         self.kind = kind
-        self.notes = notes
         self._family = family
         self._image = volume
-        self._inodes = Inodes(volume) if family == EXT else None
         self._begin_anew()
         self.root = int(self._fs.info.root_inum)
 
@@ -128,44 +124,17 @@ class TskFileSystem:
     def list(self, inode: int) -> list[Entry]:
         found: dict[bytes, Entry] = {}
         with self._reading(f"folder {inode}"):
-            for name, number, file in self._named(inode):
-                if name in found:
+            self._open(inode)
+            for entry in self._fs.open_dir(inode=inode):
+                name = self._name(entry, inode)
+                if name is None or name in found:
                     continue
-                with contextlib.suppress(NotFound):  # an entry without an inode: the kernel does not show it either
-                    found[name] = Entry(name, self._stat(number, file and self._checked(file, number)))
+                number = int(entry.info.name.meta_addr)
+                with contextlib.suppress(NotFound):  # an entry without an inode: the drivers do not show it either
+                    found[name] = Entry(name, self._stat(number, self._checked(entry, number)))
                 if len(found) > _MOST_ENTRIES:
                     raise GuestError(f"the folder has more than {_MOST_ENTRIES:,} entries")
         return list(found.values())
-
-    def _named(self, folder: int) -> Iterator[tuple[bytes, int, Any]]:
-        """Yield names, inodes, and what The Sleuth Kit knows of each; None of ext."""
-        opened = self._open(folder)
-        if self._inodes is not None:
-            try:
-                for name, number in self._ext_names(self._inodes, self._inodes.get(folder), opened):
-                    yield name, number, None
-            except GuestError as e:
-                raise GuestError(f"folder {folder} can't be read: {e}") from e
-            return
-        for entry in self._fs.open_dir(inode=folder):
-            shown = self._name(entry, folder)
-            if shown is not None:
-                yield shown, int(entry.info.name.meta_addr), entry
-
-    def _ext_names(self, inodes: Inodes, folder: Inode, file: Any) -> Iterator[tuple[bytes, int]]:
-        if not st.S_ISDIR(folder.mode):
-            raise GuestError("it is none")
-        if folder.flags & ENCRYPT_FLAG:
-            raise GuestError("it is encrypted")
-        if folder.flags & INLINE_FLAG:
-            return entries(inodes.inline(folder)[4:], inodes.count)  # behind the number of the parent
-        if folder.size % inodes.block or folder.size > _LARGEST_FOLDER:
-            raise GuestError(f"it has {folder.size:,} bytes")
-        content = bytes(file.read_random(0, folder.size)) if folder.size else b""
-        if len(content) != folder.size:
-            raise GuestError("a part of it can't be read")
-        indexed = bool(folder.flags & INDEX_FLAG)
-        return names(content, inodes.block, inodes.count, inodes.seed(folder), indexed)
 
     def read(self, inode: int, offset: int, length: int) -> bytes:
         parts, done = [], 0
@@ -194,11 +163,7 @@ class TskFileSystem:
 
     def readlink(self, inode: int) -> bytes:
         with self._reading(f"inode {inode}"):
-            file = self._open(inode)
-            if self._inodes is not None:
-                target = self._ext_link(self._inodes.get(inode))
-            else:
-                target = self._reparse_link(file) or b""
+            target = self._reparse_link(self._open(inode)) or b""
         if not target:
             raise GuestError(f"inode {inode} is no symbolic link")
         return target
@@ -206,8 +171,6 @@ class TskFileSystem:
     def xattrs(self, inode: int) -> dict[bytes, bytes]:
         with self._reading(f"inode {inode}"):
             file = self._open(inode)
-            if self._inodes is not None:
-                return self._inodes.xattrs(self._inodes.get(inode))
             return dict(self._streams(inode, file)) if self._family == NTFS else {}
 
     def close(self) -> None:
@@ -246,30 +209,6 @@ class TskFileSystem:
         return name
 
     def _stat(self, inode: int, file: Any) -> Stat:
-        if self._inodes is not None:
-            found = self._inodes.get(inode)
-            if not found.nlink:
-                raise NotFound(f"there is no inode {inode}")
-            size = len(self._ext_link(found)) if st.S_ISLNK(found.mode) else found.size
-            # As the kernel counts what is in the inode itself. Source: fs/ext4/inode.c, ext4_file_getattr.
-            inline = -(-size // 512) * 512 if found.flags & INLINE_FLAG and not st.S_ISDIR(found.mode) else 0
-            return Stat(
-                inode=inode,
-                mode=found.mode,
-                nlink=found.nlink,
-                uid=found.uid,
-                gid=found.gid,
-                size=size,
-                allocated=found.allocated + inline,
-                atime_ns=found.atime_ns,
-                mtime_ns=found.mtime_ns,
-                ctime_ns=found.ctime_ns,
-                rdev=found.rdev,
-                has_xattrs=found.has_xattrs,
-            )
-        return self._other_stat(inode, file)
-
-    def _other_stat(self, inode: int, file: Any) -> Stat:
         """Return what ntfs-3g, or Linux's vfat, show without options: there are no owners, and these modes."""
         meta = file.info.meta
         mode = _TYPES.get(meta.type, 0) or st.S_IFREG
@@ -296,13 +235,7 @@ class TskFileSystem:
 
     def _look_whether_readable(self, inode: int) -> None:
         """Raise GuestError for what would come out wrong."""
-        if self._inodes is not None:
-            found = self._inodes.get(inode)
-            if not st.S_ISREG(found.mode):
-                raise GuestError(f"inode {inode} is no file")
-            if found.flags & ENCRYPT_FLAG:
-                raise GuestError(f"inode {inode} is encrypted")
-        elif self._family == NTFS:
+        if self._family == NTFS:
             file = self._open(inode)
             tag, data = self._reparse_tag(file), _data(file)
             if tag in _REPARSE_FILES:
@@ -311,18 +244,6 @@ class TskFileSystem:
                 raise GuestError(f"inode {inode} is encrypted")
             if data is not None and any(int(run.flags) & _FILLER for run in data):
                 raise GuestError(f"inode {inode} is damaged: the places of a part of it are missing")
-
-    def _ext_link(self, inode: Inode) -> bytes:
-        if not st.S_ISLNK(inode.mode):
-            return b""
-        if inode.size > _LONGEST_LINK:
-            raise GuestError(f"symbolic link {inode.number} is damaged: its target is {inode.size} bytes long")
-        if inode.size < len(inode.block) and not inode.flags & INLINE_FLAG:
-            return inode.block[: inode.size]
-        target = bytes(self._open(inode.number).read_random(0, inode.size))
-        if len(target) != inode.size:
-            raise GuestError(f"symbolic link {inode.number} is damaged")
-        return target
 
     def _extents(self, file: Any, offset: int, end: int) -> Iterator[Extent]:
         """Yield what is data and what is a hole, by the runs of the file's content."""
@@ -355,8 +276,6 @@ class TskFileSystem:
                 return None
             stored = max(0, min(size, written - position)) if not int(run.flags) & _HOLE else 0
             at = int(run.addr) * block
-            if stored and isinstance(self._image, Replayed) and self._image.differs(at, stored):
-                return None
             _add(found, stored, at)
             _add(found, size - stored, None)
             position += size

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from typing import NoReturn
 
-from backupfs.errors import GuestError, NotFound
+from backupfs.errors import GuestError
 from backupfs.extents import Extent, coalesce
-from backupfs.filesystem import Entry, Run, Stat
+from backupfs.filesystem import Entry, Run, Stat, listed
 from backupfs.guest import xfs_attributes, xfs_folder, xfs_log
 from backupfs.guest.xfs_disk import DEVICE, LOCAL, REMOTE, Disk, Inode, Mapped
 from backupfs.image import Image
@@ -74,10 +74,7 @@ class XfsFileSystem:
         for name, number in xfs_folder.entries(self._disk, folder):
             if name in found or not name or b"/" in name or b"\0" in name:
                 raise GuestError(f"folder {inode} is damaged: it has the name {name!r}")
-            try:
-                found[name] = Entry(name, self.stat(number))
-            except NotFound:
-                raise GuestError(f"folder {inode} is damaged: {name!r} stands for nothing") from None
+            found[name] = Entry(name, listed(self, number))
             if len(found) > _MOST_ENTRIES:
                 raise GuestError(f"the folder has more than {_MOST_ENTRIES:,} entries")
         return [*found.values()]

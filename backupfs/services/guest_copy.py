@@ -118,6 +118,8 @@ class _Copier:
         self._progress(self._report)
 
     def _copy(self, folder: int, path: bytes, name: bytes, source: Stat, above: tuple[int, ...]) -> None:
+        if not source.mode:
+            source = self._system.stat(source.inode)  # says what is wrong
         kind = stat.S_IFMT(source.mode)
         if kind == stat.S_IFDIR:
             self._copy_folder(folder, path, name, source, above)

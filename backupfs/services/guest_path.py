@@ -110,6 +110,8 @@ def look_up(system: FileSystem, path: bytes) -> Stat:
         found = next((entry.stat for entry in system.list(trail[-1].inode) if entry.name == name), None)
         if found is None:
             raise NotFound(f"there is no {printable(path)}: {printable(name)} is not there")
+        if not found.mode:
+            found = system.stat(found.inode)  # says what is wrong
         if left and stat.S_ISLNK(found.mode):
             links += 1
             if links > MOST_LINKS or len(left) > 10_000:
@@ -134,6 +136,8 @@ def walk(system: FileSystem, root: Stat) -> Iterator[tuple[bytes, Stat]]:
         inner = []
         for entry in system.list(folder.inode):
             inside = path + b"/" + entry.name
+            if not entry.stat.mode:
+                system.stat(entry.stat.inode)  # says what is wrong
             yield inside, entry.stat
             if stat.S_ISDIR(entry.stat.mode) and entry.stat.inode not in above and len(above) < DEEPEST:
                 inner.append((inside, entry.stat, (*above, entry.stat.inode)))

@@ -16,17 +16,18 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from commands import BACKUPFS
 from guest_disks import entry, put, table
 from mounts import AS_NOBODY, LANES, choose_lane, fails_with, let_in, needs_fuse, process_of, unmount_all, wait_until
 from repositories import MOMENT
 from servers import freeze, need, run
-from test_guest_files import SIZE, detect_dirty, fill, make_ext4, mounted
+from test_guest_files import SIZE, damage_inode, detect_dirty, fill, make_ext4, mounted
 from test_volume_files import holes
 
 from backupfs.repository.repository import Repository
 from backupfs.services import background
 from backupfs.services import mount as service
-from backupfs.units import MiB
+from backupfs.units import KiB, MiB
 
 pytestmark = [pytest.mark.timeout(120), needs_fuse]
 
@@ -295,6 +296,37 @@ def test_a_listing_of_which_the_kernel_loses_a_part(shown: Mounted, tmp_path: Pa
         Path("/proc/sys/vm/drop_caches").write_text("1")
         found += [entry.name for entry in entries]
     assert sorted(found) == sorted(names)
+
+
+def test_a_folder_in_which_an_inode_is_damaged(shown: Mounted, tmp_path: Path) -> None:
+    disk = small_files(tmp_path)
+    with mounted(disk, tmp_path / "mnt", read_only=True) as root:
+        names = os.listdir(root / "0")
+        inode, expected = (root / "0" / names[7]).stat().st_ino, digests(root, list)
+    damage_inode(disk, inode, 4 * KiB if disk.stat().st_size >= 512 * MiB else KiB)
+    shown.add(vda=disk)
+    shown.mount()
+    folder = shown.at("vda.files", "0", "0")
+    assert sorted(os.listdir(folder)) == sorted(names)
+    for call in (os.stat, os.open):
+        fails_with(errno.EIO, call, folder / names[7], *([os.O_RDONLY] if call is os.open else []))
+    assert f"inode {inode} is damaged" in shown.log()
+    for name in set(names) - {names[7]}:
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == expected[f"0/{name}"]
+    done = subprocess.run(
+        [*BACKUPFS, "-r", shown.repository, "ls", f"web01/{shown.point}/vda:0/0"], capture_output=True, check=False
+    )
+    assert done.returncode == 50
+    assert len(done.stdout.splitlines()) == len(names)
+    assert b"1 of 200 names" in done.stderr
+    done = subprocess.run(
+        [*BACKUPFS, "-r", shown.repository, "cp", f"web01/{shown.point}/vda:0/0", tmp_path / "copy"],
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 50
+    assert names[7].encode() in done.stderr
+    assert sorted(os.listdir(tmp_path / "copy")) == sorted(set(names) - {names[7]})
 
 
 def test_a_parser_that_dies_or_hangs(shown: Mounted, tmp_path: Path) -> None:
