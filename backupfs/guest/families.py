@@ -6,7 +6,8 @@ from backupfs.guest.btrfs import BtrfsFileSystem
 from backupfs.guest.detect import BTRFS, EXT, FAT, NTFS, XFS
 from backupfs.guest.ext import ExtFileSystem
 from backupfs.guest.ext_journal import replayed
-from backupfs.guest.tsk import TskFileSystem
+from backupfs.guest.fat import FatFileSystem
+from backupfs.guest.ntfs import NtfsFileSystem
 from backupfs.guest.xfs import XfsFileSystem
 from backupfs.image import Image
 
@@ -20,8 +21,10 @@ def open_family(volume: Image, family: str, kind: str) -> FileSystem:
     if family == EXT:
         image, notes = replayed(volume)
         return ExtFileSystem(image, kind, notes)
-    if family in {NTFS, FAT}:
-        return TskFileSystem(volume, family, kind)
+    if family == NTFS:
+        return NtfsFileSystem(volume)
+    if family == FAT:
+        return FatFileSystem(volume)
     if family == BTRFS:
         return BtrfsFileSystem(volume)
     if family == XFS:

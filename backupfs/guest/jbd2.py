@@ -17,7 +17,7 @@ _MAGIC = 0xC03B3998
 _HEADER = struct.Struct(">3I")  # magic, type, sequence
 DESCRIPTOR, COMMIT, _SUPER_1, _SUPER_2, REVOKE = 1, 2, 3, 4, 5
 _CHECKSUM_1 = 0x1  # compat
-_WIDE, _CHECKSUM_2, _CHECKSUM_3, _FAST = 0x2, 0x8, 0x10, 0x20  # incompat; 0x1: revokes, 0x4: async commits
+_WIDE, _ASYNC, _CHECKSUM_2, _CHECKSUM_3, _FAST = 0x2, 0x4, 0x8, 0x10, 0x20  # incompat; 0x1: revokes
 _KNOWN = 0x3F
 _SUPER_SIZE, _CRC32C_TYPE, _CRC32_TYPE = 1024, 4, 1
 _COMMIT_SIZE = 64  # struct commit_header
@@ -137,8 +137,11 @@ class Journal:
                 seconds = struct.unpack_from(">Q", record.content, 48)[0]
                 if suspect and seconds >= newest:
                     raise DamagedJournalError(f"transaction {record.sequence} does not match its checksum")
-                if suspect or not (record.intact and (not self._sums_blocks or _sums_match(record.content, crc))):
-                    break  # left from before, or torn: with `async` its blocks may be missing too
+                intact = record.intact and (not self._sums_blocks or _sums_match(record.content, crc))
+                if not (suspect or intact or self._incompat & _ASYNC) and seconds >= newest:
+                    raise DamagedJournalError(f"the end of transaction {record.sequence} does not match its checksum")
+                if suspect or not intact:
+                    break  # left from before; with `async` the last one may be torn
                 newest, crc = seconds, 0xFFFFFFFF
                 written += open_written
                 revoked |= dict.fromkeys(open_revoked, record.sequence)

@@ -175,6 +175,19 @@ def test_damaged_journals(tmp_path: Path, kind: str) -> None:
     print(f"{rounds} damaged journals: {refused} were refused")
 
 
+def test_the_end_of_the_first_transaction_is_damaged(tmp_path: Path) -> None:
+    """The kernel does not take that for the end of the journal, though nothing of it could be replayed."""
+    image = tmp_path / "disk"
+    disk = bytearray(crashed(image, (), (), work))
+    block = 1024 << struct.unpack_from("<I", disk, 1024 + 24)[0]
+    ends = [at for at in range(0, len(disk), block) if disk[at : at + 8] == MAGIC + b"\0\0\0\2"]
+    first = min(ends, key=lambda at: struct.unpack_from(">I", disk, at + 8)[0])
+    disk[first + 26] ^= 1
+    assert by_kernel(image, bytes(disk)) is None
+    with pytest.raises(GuestError, match="the end of transaction"):
+        by_us(bytes(disk))
+
+
 def test_a_journal_elsewhere_and_fast_commits(tmp_path: Path) -> None:
     image = tmp_path / "disk"
     disk = bytearray(crashed(image, (), (), work))

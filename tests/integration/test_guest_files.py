@@ -360,6 +360,72 @@ def test_fat(tmp_path: Path, bits: str) -> None:
         assert abs(system.stat(look(system, "a/big")).mtime_ns / 10**9 - written) <= 2, "FAT counts in pairs of seconds"
 
 
+@pytest.mark.parametrize("bits", ["12", "16", "32"])
+def test_a_large_folder_of_fat(tmp_path: Path, bits: str) -> None:
+    """Long names, and short ones, of which some were removed and renamed."""
+    need("mkfs.fat", "mcopy", "mdel", "mren")
+    path, source = tmp_path / "disk", tmp_path / "source"
+    with path.open("wb") as file:
+        file.truncate({"12": 15, "16": 64, "32": 300}[bits] * MiB)
+    run("mkfs.fat", "-F", bits, *(("-s", "8") if bits == "32" else ()), path)
+    source.mkdir()
+    names = [f"{number} ü {'n' * (1 + number * 7 % 200)}" for number in range(120)]
+    for number, name in enumerate(names):
+        (source / name).write_bytes(random.Random(number).randbytes(number * 70))
+    in_utc = ("env", "TZ=UTC", "LC_ALL=C.UTF-8")
+    run(*in_utc, "mmd", "-i", path, "::folder")
+    run(*in_utc, "mcopy", "-i", path, "-m", *source.iterdir(), "::folder")
+    run(*in_utc, "mdel", "-i", path, *(f"::folder/{name}" for name in names[::3]))
+    for name in names[::3]:
+        (source / name).unlink()
+    for number in range(1, 120, 30):
+        run(*in_utc, "mren", "-i", path, f"::folder/{names[number]}", f"renamed {number}")
+        (source / names[number]).rename(source / f"renamed {number}")
+    for number in range(20):  # in the places of what was removed
+        (source / f"SHORT{number}.TXT").write_bytes(random.Random(number).randbytes(20_000 + number))
+    run(*in_utc, "mcopy", "-i", path, "-m", *source.glob("SHORT*"), "::folder")
+    content = path.read_bytes()
+    with closing(open_image(path)) as system:
+        found = {entry.name: entry.stat for entry in system.list(look(system, "folder"))}
+        assert set(found) == set(os.listdir(os.fsencode(source)))
+        for name, s in found.items():
+            expected = (source / os.fsdecode(name)).read_bytes()
+            assert system.read(s.inode, 0, s.size + 10) == expected
+            runs = system.runs(s.inode)
+            assert runs is not None
+            assert b"".join(content[r.offset :][: r.length] for r in runs if r.offset is not None) == expected
+
+
+def test_a_large_folder_of_ntfs(tmp_path: Path) -> None:
+    need("mkfs.ntfs", "ntfs-3g")
+    path = tmp_path / "disk"
+    with path.open("wb") as file:
+        file.truncate(SIZE)
+    run("mkfs.ntfs", "-q", "-F", "-f", path)
+    names = [f"{number} {'n' * (number % 200)}" for number in range(1500)]
+    with mounted(path, tmp_path / "mnt", ntfs=True) as root:
+        (root / "folder").mkdir()
+        for name in names:
+            (root / "folder" / name).touch()
+        for name in names[::3]:
+            (root / "folder" / name).unlink()
+        for number in range(1, 1500, 30):
+            (root / "folder" / names[number]).rename(root / f"folder/renamed {number}")
+        with (root / "one").open("wb") as one, (root / "other").open("wb") as other:  # in many pieces
+            for number in range(400):
+                for file in (one, other):
+                    file.write(bytes([number % 251]) * 4096)
+                    file.flush()
+                    os.fsync(file.fileno())
+        for number in range(30):
+            os.setxattr(root / "one", f"user.stream{number}", b"x" * 3000)
+    with (
+        mounted(path, tmp_path / "mnt", read_only=True, ntfs=True) as root,
+        closing(open_image(path)) as system,
+    ):
+        assert [line for line in differences(system, root, "allocated") if ": size " not in line] == []
+
+
 @pytest.fixture
 def system(tmp_path: Path) -> Iterator[GuestFileSystem]:
     path = make_ext4(tmp_path / "disk")

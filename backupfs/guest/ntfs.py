@@ -1,4 +1,4 @@
-"""NTFS and FAT, read by The Sleuth Kit.
+"""NTFS, read by The Sleuth Kit.
 
 C on what a guest wrote: only in a process of its own (child.py). One thread.
 """
@@ -15,7 +15,6 @@ import pytsk3
 from backupfs.errors import BackupfsError, GuestError, NotFound
 from backupfs.extents import Extent, coalesce
 from backupfs.filesystem import Entry, Run, Stat
-from backupfs.guest.detect import FAT, NTFS
 from backupfs.image import Image
 from backupfs.units import KiB
 
@@ -27,7 +26,6 @@ _TYPES = {
     pytsk3.TSK_FS_META_TYPE_LNK: st.S_IFLNK,
 }
 _VIRTUAL = (pytsk3.TSK_FS_NAME_TYPE_VIRT, pytsk3.TSK_FS_NAME_TYPE_VIRT_DIR)
-_LABEL = b" (Volume Label Entry)"
 _FIRST_USER_SEGMENT = 24  # of NTFS' master file table: before it is the file system's own
 _OWN_SEGMENTS = frozenset(range(5)) | frozenset(range(6, _FIRST_USER_SEGMENT))  # 5 is the root
 _REPARSE_LINKS = {0xA000000C: 20, 0xA0000003: 16}  # symbolic link, junction: where the names begin
@@ -71,14 +69,17 @@ class _Volume(pytsk3.Img_Info):  # type: ignore[misc]  # pytsk3 has no types
         return self._image.size
 
 
-class TskFileSystem:
-    """A FileSystem (filesystem.py), as `detect` found it."""
+class NtfsFileSystem:
+    """A FileSystem (filesystem.py).
 
+    Raises:
+        GuestError: it can't be opened.
+    """
+
+    kind = "ntfs"
     notes: tuple[str, ...] = ()
 
-    def __init__(self, volume: Image, family: str, kind: str) -> None:
-        self.kind = kind
-        self._family = family
+    def __init__(self, volume: Image) -> None:
         self._image = volume
         self._begin_anew()
         self.root = int(self._fs.info.root_inum)
@@ -170,8 +171,7 @@ class TskFileSystem:
 
     def xattrs(self, inode: int) -> dict[bytes, bytes]:
         with self._reading(f"inode {inode}"):
-            file = self._open(inode)
-            return dict(self._streams(inode, file)) if self._family == NTFS else {}
+            return dict(self._streams(inode, self._open(inode)))
 
     def close(self) -> None:
         self._open.cache_clear()
@@ -179,7 +179,7 @@ class TskFileSystem:
     # Files.
 
     def _open_anew(self, inode: int) -> Any:
-        if self._family == NTFS and inode in _OWN_SEGMENTS:
+        if inode in _OWN_SEGMENTS:
             raise NotFound(f"there is no inode {inode}")
         try:
             file = self._fs.open_meta(inode)
@@ -202,26 +202,24 @@ class TskFileSystem:
             return None
         if name in {b"", b".", b".."} or b"/" in name or b"\0" in name:
             return None
-        if self._family == NTFS and folder == self.root and int(info.meta_addr) < _FIRST_USER_SEGMENT:
-            return None
-        if self._family == FAT and folder == self.root and name.endswith(_LABEL):
+        if folder == self.root and int(info.meta_addr) < _FIRST_USER_SEGMENT:
             return None
         return name
 
     def _stat(self, inode: int, file: Any) -> Stat:
-        """Return what ntfs-3g, or Linux's vfat, show without options: there are no owners, and these modes."""
+        """Return what ntfs-3g shows without options: there are no owners, and these modes."""
         meta = file.info.meta
         mode = _TYPES.get(meta.type, 0) or st.S_IFREG
         size, nlink = int(meta.size), 1
-        target = self._reparse_link(file) if self._family == NTFS else None
+        target = self._reparse_link(file)
         if target is not None:
             mode, size = st.S_IFLNK, len(target)
-        if self._family == NTFS and not st.S_ISDIR(mode):
+        if not st.S_ISDIR(mode):
             nlink = max(1, self._names(file))
         allocated = sum(e.length for e in self._extents(file, 0, size) if not e.flag) if st.S_ISREG(mode) else 0
         return Stat(
             inode=inode,
-            mode=mode | (0o777 if self._family == NTFS else 0o755),
+            mode=mode | 0o777,
             nlink=nlink,
             uid=0,
             gid=0,
@@ -230,20 +228,19 @@ class TskFileSystem:
             atime_ns=int(meta.atime) * 10**9 + int(meta.atime_nano),
             mtime_ns=int(meta.mtime) * 10**9 + int(meta.mtime_nano),
             ctime_ns=int(meta.ctime or meta.mtime) * 10**9 + int(meta.ctime_nano),
-            has_xattrs=self._family == NTFS and any(_is_stream(attribute) for attribute in file),
+            has_xattrs=any(_is_stream(attribute) for attribute in file),
         )
 
     def _look_whether_readable(self, inode: int) -> None:
         """Raise GuestError for what would come out wrong."""
-        if self._family == NTFS:
-            file = self._open(inode)
-            tag, data = self._reparse_tag(file), _data(file)
-            if tag in _REPARSE_FILES:
-                raise GuestError(f"inode {inode} is {_REPARSE_FILES[tag]}, which is not read")
-            if data is not None and _flags(data) & int(pytsk3.TSK_FS_ATTR_ENC):
-                raise GuestError(f"inode {inode} is encrypted")
-            if data is not None and any(int(run.flags) & _FILLER for run in data):
-                raise GuestError(f"inode {inode} is damaged: the places of a part of it are missing")
+        file = self._open(inode)
+        tag, data = self._reparse_tag(file), _data(file)
+        if tag in _REPARSE_FILES:
+            raise GuestError(f"inode {inode} is {_REPARSE_FILES[tag]}, which is not read")
+        if data is not None and _flags(data) & int(pytsk3.TSK_FS_ATTR_ENC):
+            raise GuestError(f"inode {inode} is encrypted")
+        if data is not None and any(int(run.flags) & _FILLER for run in data):
+            raise GuestError(f"inode {inode} is damaged: the places of a part of it are missing")
 
     def _extents(self, file: Any, offset: int, end: int) -> Iterator[Extent]:
         """Yield what is data and what is a hole, by the runs of the file's content."""
@@ -288,8 +285,6 @@ class TskFileSystem:
         NTFS keeps how much of a file was ever written; what lies behind that on the disk is not the file's. The Sleuth
         Kit knows, and pytsk3 does not tell: but what was read as other than zero was written, and all before it.
         """
-        if self._family != NTFS:
-            return size
         tail = bytes(file.read_random(max(0, size - _TAIL), min(size, _TAIL)))
         return size - len(tail) + len(tail.rstrip(b"\0")) if tail.rstrip(b"\0") else 0
 
@@ -321,7 +316,7 @@ class TskFileSystem:
 
         Source: MS-FSCC 2.1.2.4 and 2.1.2.5.
         """
-        content = self._reparse(file) if self._family == NTFS else b""
+        content = self._reparse(file)
         if len(content) < 16:
             return None
         tag, _, _, at, length, print_at, print_length = struct.unpack_from("<IHHHHHH", content)
