@@ -36,10 +36,21 @@ class Disk:
     users: int = 0
     used_s: float = 0.0
     opening: threading.Lock = field(default_factory=threading.Lock)
+    _opening_volume: dict[str, threading.Lock] = field(default_factory=dict)
     context: contextlib.ExitStack | None = None
     volumes: Mapping[str, GuestVolume] = field(default_factory=dict)
     opened: dict[str, Volume] = field(default_factory=dict)
     _failed: dict[str, tuple[float, Unreadable]] = field(default_factory=dict)
+
+    def look(self) -> None:
+        """Find out which volumes there are, if nobody did. Raises BackupfsError."""
+        if self.context is not None:
+            return
+        with self.opening:
+            if self.context is None:
+                context = contextlib.ExitStack()
+                self.volumes = context.enter_context(self.folder.volumes())
+                self.context = context
 
     def open(self, name: str) -> Volume:
         """Return a volume's files. Raises Unreadable; NotFound."""
@@ -49,7 +60,8 @@ class Disk:
         volume = self.volumes.get(name)
         if volume is None:
             raise NotFound(f"no volume {name!r}")
-        with self.opening:
+        # One that hangs while it is opened holds up nobody who looks at another.
+        with self._opening_volume.setdefault(name, threading.Lock()):
             if name not in self.opened:
                 failed = self._failed.get(name)
                 if failed and time.monotonic() < failed[0]:
@@ -103,11 +115,7 @@ class Disks:
                 disk = self._disks[node] = Disk(self._find(node))
             disk.users += 1
         try:
-            with disk.opening:
-                if disk.context is None:
-                    context = contextlib.ExitStack()
-                    disk.volumes = context.enter_context(disk.folder.volumes())
-                    disk.context = context
+            disk.look()
             yield disk
         finally:
             with self._lock:

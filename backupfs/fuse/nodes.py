@@ -129,6 +129,7 @@ class Notice:
     content: bytes
 
 
+GuestPart = DiskFiles | VolumeFolder
 GuestNode = DiskFiles | VolumeFolder | GuestFile | Notice
 Node = Root | VmFolder | LatestLink | PointFolder | SubFolder | File | GuestNode
 

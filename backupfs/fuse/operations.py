@@ -25,7 +25,7 @@ from backupfs.fuse.catalogue import DiskFile, TextFile, Writable
 from backupfs.fuse.complaints import Complaints
 from backupfs.fuse.images import AtHand, OpenImages
 from backupfs.fuse.lane import Lane
-from backupfs.fuse.nodes import Attributes, DiskFiles, Entry, Stale
+from backupfs.fuse.nodes import Attributes, Entry, GuestPart, Stale
 from backupfs.fuse.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 
 _CATALOGUE_CALLS = 8  # at once; the rest waits, reads do not
-_GUEST_CALLS = 6  # at once, of the guests' files on a disk: they may hang until a deadline
+_GUEST_CALLS = 6  # at once, of the guests' files on a volume: they may hang until a deadline
 _TASKS = 500  # requests that pyfuse3 works on at once: more than a hung image's readers are likely to be
 _GUESTS_CLOSED_S = 10.0
 _XATTRS = b"user.backupfs."
@@ -43,12 +43,12 @@ _XATTRS = b"user.backupfs."
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """An open file: its inode; its content if that is at hand; for a file of a guest, its disk."""
+    """An open file: its inode; its content if that is at hand; for a file of a guest, its volume."""
 
     inode: int
     content: bytes | None = None
     writable: bool = False
-    guest: DiskFiles | None = None
+    guest: GuestPart | None = None
 
 
 def answers(
@@ -110,7 +110,7 @@ class Operations(pyfuse3.Operations):
         self._handles = itertools.count(1)
         self._files: dict[int, _Opened] = {}
         self._folders: dict[int, tuple[int, Sequence[Entry] | None]] = {}  # None: not read yet
-        self._guest_limiters: dict[DiskFiles, trio.CapacityLimiter] = {}
+        self._guest_limiters: dict[GuestPart, trio.CapacityLimiter] = {}
 
     def init(self) -> None:
         self._on_ready()
@@ -127,8 +127,8 @@ class Operations(pyfuse3.Operations):
         """Whether a thread may still be in the catalogue or in an image: they must not be closed then."""
         return self._abandoned or self.images.abandoned or self._tree.guests.disks.busy
 
-    async def _ask(self, call: Callable[[*Ts], R], *args: *Ts, of: DiskFiles | None = None) -> R:
-        """Have a call done in a thread; `of` which disk's guest it asks something, if it does."""
+    async def _ask(self, call: Callable[[*Ts], R], *args: *Ts, of: GuestPart | None = None) -> R:
+        """Have a call done in a thread; `of` which volume of a guest it asks, if it does."""
         limiter = self._limiter
         if of is not None:
             limiter = self._guest_limiters.setdefault(of, trio.CapacityLimiter(_GUEST_CALLS))
@@ -168,16 +168,16 @@ class Operations(pyfuse3.Operations):
     @answers
     async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         return self._reply(
-            await self._ask(self._tree.lookup, parent_inode, name, of=self._tree.guest_disk(parent_inode))
+            await self._ask(self._tree.lookup, parent_inode, name, of=self._tree.guest_part(parent_inode))
         )
 
     @answers
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        return self._reply(await self._ask(self._tree.attributes, inode, of=self._tree.guest_disk(inode)))
+        return self._reply(await self._ask(self._tree.attributes, inode, of=self._tree.guest_part(inode)))
 
     @answers
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
-        return await self._ask(self._tree.target, inode, of=self._tree.guest_disk(inode))
+        return await self._ask(self._tree.target, inode, of=self._tree.guest_part(inode))
 
     @answers
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
@@ -202,7 +202,7 @@ class Operations(pyfuse3.Operations):
         # the kernel may have kept that, and lost the rest.
         inode, entries = self._folders[fh]
         if start_id == 0 or entries is None:
-            entries = await self._ask(self._tree.entries, inode, of=self._tree.guest_disk(inode))
+            entries = await self._ask(self._tree.entries, inode, of=self._tree.guest_part(inode))
             self._folders[fh] = inode, entries
         for cookie in range(start_id, len(entries)):
             entry = entries[cookie]
@@ -216,7 +216,7 @@ class Operations(pyfuse3.Operations):
     @answers
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         changes = flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC
-        guest = self._tree.guest_disk(inode)
+        guest = self._tree.guest_part(inode)
         if changes and guest:
             raise pyfuse3.FUSEError(errno.EROFS)
         file = await self._ask(self._tree.file, inode, of=guest)
@@ -300,7 +300,7 @@ class Operations(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
         """Take a size that it has already, and times, which are not kept. Nothing else changes."""
-        if self._tree.guest_disk(inode):
+        if self._tree.guest_part(inode):
             raise pyfuse3.FUSEError(errno.EROFS)
         attributes = await self._ask(self._tree.attributes, inode)
         try:
@@ -336,7 +336,7 @@ class Operations(pyfuse3.Operations):
 
     def is_guests(self, inode: int) -> bool:
         try:
-            return self._tree.guest_disk(inode) is not None
+            return self._tree.guest_part(inode) is not None
         except Stale:
             return True  # who is asked next says so
 
@@ -400,7 +400,7 @@ class Operations(pyfuse3.Operations):
 
     @answers
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
-        if self._tree.guest_disk(inode) is not None:
+        if self._tree.guest_part(inode) is not None:
             value = (await self._guest_xattrs(inode)).get(name)
             if value is not None:
                 return value
@@ -412,12 +412,12 @@ class Operations(pyfuse3.Operations):
 
     @answers
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
-        if self._tree.guest_disk(inode) is not None:
+        if self._tree.guest_part(inode) is not None:
             return list(await self._guest_xattrs(inode))
         return list(await self._xattrs(inode))
 
     async def _guest_xattrs(self, inode: int) -> Mapping[bytes, bytes]:
-        return await self._ask(self._tree.guest_xattrs, inode, of=self._tree.guest_disk(inode))
+        return await self._ask(self._tree.guest_xattrs, inode, of=self._tree.guest_part(inode))
 
     async def _xattrs(self, inode: int) -> dict[bytes, bytes]:
         try:

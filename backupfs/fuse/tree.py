@@ -36,6 +36,7 @@ from backupfs.fuse.nodes import (
     File,
     GuestFile,
     GuestNode,
+    GuestPart,
     Inodes,
     LatestLink,
     Node,
@@ -174,15 +175,13 @@ class Tree:
                 return file
         raise Stale(f"{node.vm}/{node.point}/{node.name} is not what it was")
 
-    def guest_disk(self, inode: int) -> DiskFiles | None:
-        """Return the disk that a number belongs to, if it stands for something of a guest. Cheap. Raises Stale."""
+    def guest_part(self, inode: int) -> GuestPart | None:
+        """Return the volume or, above it, the disk of what stands for something of a guest. Cheap. Raises Stale."""
         match self.inodes.node(inode):
-            case DiskFiles() as disk:
-                return disk
-            case VolumeFolder(disk) | GuestFile(VolumeFolder(disk)):
-                return disk
-            case Notice(VolumeFolder(disk) | (DiskFiles() as disk)):
-                return disk
+            case DiskFiles() | VolumeFolder() as part:
+                return part
+            case GuestFile(part) | Notice(part):
+                return part
         return None
 
     def volume_number(self, inode: int) -> int | None:

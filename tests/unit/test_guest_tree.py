@@ -3,7 +3,9 @@
 import contextlib
 import os
 import stat
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,25 @@ def test_what_a_damaged_file_system_says_is_refused(files: FolderFiles, monkeypa
         monkeypatch.setattr(files, "list", lambda _, name=name: [Entry(name, root)])
         with pytest.raises(Unsound):
             tree.entries(walk(tree, b"1"))
+
+
+def test_a_volume_that_hangs_while_it_is_opened_is_nobody_elses_matter(files: FolderFiles) -> None:
+    class Hanging(FolderVolume):
+        def open(self) -> FolderFiles:
+            begun.set()
+            go_on.wait(20)
+            return super().open()
+
+    begun, go_on = threading.Event(), threading.Event()
+    tree = Tree(Catalogue({"1": FolderVolume(files), "2": Hanging(files)}))
+    hosts = walk(tree, b"1", b"etc", b"hosts")
+    with ThreadPoolExecutor(2) as pool:
+        hanging = pool.submit(walk, tree, b"2")
+        try:
+            assert begun.wait(10)
+            found = pool.submit(tree.guests.read, hosts, 0, 9)
+            assert found.result(5) == b"127.0.0.1"
+            assert tree.guest_part(hosts) == tree.guest_part(walk(tree, b"1"))
+        finally:
+            go_on.set()
+        assert tree.guest_part(hanging.result(5)) != tree.guest_part(hosts)
