@@ -7,8 +7,10 @@ import errno
 import os
 import stat
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from backupfs.errors import BackupfsError, NotFound
 from backupfs.extents import Extent
@@ -16,6 +18,8 @@ from backupfs.filesystem import FileSystem, Run, Stat
 from backupfs.fuse.catalogue import ManyFiles
 from backupfs.fuse.read_ahead import ReadAhead, is_small
 from backupfs.image import Buffer, Image, seek
+
+T = TypeVar("T")
 
 _REMEMBERED = 50_000  # names in folders, and the inodes; about 500 bytes each
 _XATTRS_REMEMBERED = 1 << 20  # bytes
@@ -46,8 +50,8 @@ class Volume:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _folders: dict[int, Mapping[bytes, Stat]] = field(default_factory=dict)
     _names: int = 0  # in _folders
-    _stats: dict[int, Stat] = field(default_factory=dict)
-    _parents: dict[int, int] = field(default_factory=dict)  # of folders
+    _stats: OrderedDict[int, Stat] = field(default_factory=OrderedDict)
+    _parents: OrderedDict[int, int] = field(default_factory=OrderedDict)  # of folders
     _xattrs: dict[int, Mapping[bytes, bytes]] = field(default_factory=dict)
     _xattr_bytes: int = 0
     ahead: ReadAhead = field(init=False)
@@ -61,7 +65,7 @@ class Volume:
         if known is None:
             known = sound(self.fs.stat(inode))
             with self._lock:
-                _remember(self._stats, inode, known)
+                _remember(self._stats, inode, known, _REMEMBERED)
         return known
 
     def folder(self, inode: int) -> Mapping[bytes, Stat]:
@@ -87,11 +91,12 @@ class Volume:
         while self._names > _REMEMBERED and len(self._folders) > 1:
             oldest = next(iter(self._folders))
             self._names -= len(self._folders.pop(oldest))
+        most = max(_REMEMBERED, len(found))  # what a folder holds takes no more room here: the folder is remembered
         for inside in found.values():
             if stat.S_ISDIR(inside.mode):
-                _remember(self._parents, inside.inode, inode)
+                _remember(self._parents, inside.inode, inode, most)
             if is_sound(inside):
-                _remember(self._stats, inside.inode, _clamped(inside))
+                _remember(self._stats, inside.inode, _clamped(inside), most)
 
     def parent(self, folder: int) -> int:
         """Return the folder that a folder is in. Raises NotFound if that is forgotten."""
@@ -209,9 +214,10 @@ def _clamped(found: Stat) -> Stat:
     return replace(found, atime_ns=atime, mtime_ns=mtime, ctime_ns=ctime)
 
 
-def _remember(kept: dict, key: int, value: object) -> None:  # type: ignore[type-arg]
-    if len(kept) >= _REMEMBERED:
-        kept.pop(next(iter(kept)), None)
+def _remember(kept: OrderedDict[int, T], key: int, value: T, most: int) -> None:
+    """Remember something; the oldest goes. To find that in a dict takes long: it passes by all that went before."""
+    if len(kept) >= most:
+        kept.popitem(last=False)
     kept[key] = value
 
 

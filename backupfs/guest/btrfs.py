@@ -89,12 +89,16 @@ class BtrfsFileSystem:
         )
 
     def list(self, inode: int) -> list[Entry]:
+        return [*self.entries(inode)]
+
+    def entries(self, inode: int) -> Iterator[Entry]:
+        """Yield what `list` returns."""
         tree, number = _split(inode)
         if number == _EMPTY:
-            return []
+            return
         if not st.S_ISDIR(self.stat(inode).mode):
             raise GuestError(f"inode {inode} is no folder")
-        found: dict[bytes, Entry] = {}
+        found = set[bytes]()
         for _, item in self._disk.items(tree, number, _DIR_INDEX):
             for (child, kind, _), name, _ in _named(item):
                 if name in found or not name or b"/" in name or b"\0" in name:
@@ -104,10 +108,10 @@ class BtrfsFileSystem:
                     inside = self._subvolume(tree, child, number, name)
                 elif kind != _INODE_ITEM:
                     raise GuestError(f"folder {inode} is damaged")
-                found[name] = Entry(name, listed(self, inside))
+                found.add(name)
                 if len(found) > _MOST_ENTRIES:
                     raise GuestError(f"the folder has more than {_MOST_ENTRIES:,} entries")
-        return [*found.values()]
+                yield Entry(name, listed(self, inside))
 
     def _subvolume(self, tree: int, child: int, folder: int, name: bytes) -> int:
         """Return the first folder of a subvolume. A snapshot of what it lies in has its name, but an empty folder."""

@@ -19,7 +19,7 @@ from backupfs.errors import BackupfsError, GuestError, NotFound
 from backupfs.extents import Extent
 from backupfs.filesystem import FileSystem, Stat
 from backupfs.guest import messages
-from backupfs.guest.families import open_family
+from backupfs.guest.families import Parser, open_family
 from backupfs.units import KiB, MiB
 
 _LINE = 3
@@ -37,7 +37,7 @@ _DAMAGE = (
     OSError,
     UnicodeError,
 )  # what a parser makes of it
-_METHODS = ("stat", "list", "read", "extents", "runs", "readlink", "xattrs")
+_METHODS = ("stat", "read", "extents", "runs", "readlink", "xattrs")
 
 
 class _Volume:
@@ -93,7 +93,20 @@ def _contents(system: FileSystem, largest: int, inodes: Sequence[int]) -> messag
     return messages.ContentsAnswer(found)
 
 
-def _answer(system: FileSystem, ask: messages.Ask) -> messages.Answer:
+def _list(line: socket.socket, system: Parser, inode: int) -> messages.ListAnswer:
+    """Send what is in a folder, as it is found, but the last of it: that is returned."""
+    rows: list[tuple[bytes, messages.StatRow]] = []
+    for entry in system.entries(inode):
+        if len(rows) == messages.LISTED:
+            messages.send(line, messages.ListAnswer(rows, more=True))
+            rows = []
+        rows.append((entry.name, _row(entry.stat)))
+    return messages.ListAnswer(rows)
+
+
+def _answer(line: socket.socket, system: Parser, ask: messages.Ask) -> messages.Answer:
+    if ask.method == "list":
+        return _list(line, system, *ask.arguments)
     if ask.method == "contents":
         return _contents(system, ask.arguments[0], ask.arguments[1:])
     assert ask.method in _METHODS
@@ -101,8 +114,6 @@ def _answer(system: FileSystem, ask: messages.Ask) -> messages.Answer:
     match ask.method:
         case "stat":
             return messages.StatAnswer(_row(found))
-        case "list":
-            return messages.ListAnswer([(entry.name, _row(entry.stat)) for entry in found])
         case "extents":
             return messages.ExtentsAnswer([(e.offset, e.length, e.flag) for e in found])
         case "runs":
@@ -142,7 +153,7 @@ def _serve(line: socket.socket) -> None:
     if not isinstance(order, messages.Order):
         raise ValueError("no order")
     volume = _Volume(line, order.size)
-    system: FileSystem | None = None
+    system: Parser | None = None
     ask: Any = order
     while True:
         answer: messages.Answer
@@ -151,7 +162,7 @@ def _serve(line: socket.socket) -> None:
                 system = open_family(volume, order.family, order.kind)
                 answer = messages.Opened(system.root, list(system.notes))
             else:
-                answer = _answer(system, ask)
+                answer = _answer(line, system, ask)
         except NotFound as e:
             answer = messages.Failed(True, str(e))
         except BackupfsError as e:

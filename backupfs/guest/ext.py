@@ -3,6 +3,7 @@
 One thread, in a process of its own (child.py).
 """
 
+import itertools
 import stat as st
 from collections.abc import Iterator, MutableSequence, Sequence
 
@@ -10,7 +11,7 @@ from backupfs.errors import GuestError, NotFound
 from backupfs.extents import Extent, coalesce
 from backupfs.filesystem import Entry, Run, Stat, listed
 from backupfs.guest import ext_attributes
-from backupfs.guest.ext_folder import entries, names
+from backupfs.guest.ext_folder import block_names, inline_names
 from backupfs.guest.ext_inode import ENCRYPT_FLAG, INDEX_FLAG, INLINE_FLAG, ROOT, Inode, Inodes
 from backupfs.guest.ext_journal import Replayed
 from backupfs.guest.ext_map import Map
@@ -21,6 +22,7 @@ _MOST_ENTRIES = 1_000_000  # in a folder
 _LARGEST_FOLDER, _PIECE = 512 * MiB, MiB
 _LONGEST_LINK = 4095
 _MOST_RUNS = 100_000
+_BATCH = 25_000  # names of a folder whose inodes are read together
 _TYPES = frozenset((st.S_IFREG, st.S_IFDIR, st.S_IFLNK, st.S_IFCHR, st.S_IFBLK, st.S_IFIFO, st.S_IFSOCK))
 
 
@@ -71,17 +73,25 @@ class ExtFileSystem:
         )
 
     def list(self, inode: int) -> list[Entry]:
-        found: dict[bytes, Entry] = {}
+        return [*self.entries(inode)]
+
+    def entries(self, inode: int) -> Iterator[Entry]:
+        """Yield what `list` returns."""
+        found: dict[bytes, int] = {}
         try:
             for name, number in self._names(self._get(inode)):
-                if name in found or self._inodes.is_special(number):
-                    raise GuestError(f"the name {name!r} makes no sense")
-                found[name] = Entry(name, listed(self, number))
+                if name in found:
+                    raise GuestError(f"the name {name!r} is there twice")
+                found[name] = number
                 if len(found) > _MOST_ENTRIES:
                     raise GuestError(f"it has more than {_MOST_ENTRIES:,} entries")
         except GuestError as e:
             raise GuestError(f"folder {inode} can't be read: {e}") from e
-        return list(found.values())
+        names = iter(found.items())
+        while batch := list(itertools.islice(names, _BATCH)):
+            # In the order of their inodes: names lie in that of their hashes, and each would be read from elsewhere.
+            stats = {number: listed(self, number) for number in sorted({number for _, number in batch})}
+            yield from (Entry(name, stats[number]) for name, number in batch)
 
     def read(self, inode: int, offset: int, length: int) -> bytes:
         found = self._file(inode)
@@ -144,6 +154,8 @@ class ExtFileSystem:
 
     def _get(self, inode: int) -> Inode:
         found = self._inodes.get(inode)
+        if self._inodes.is_special(inode):
+            raise GuestError(f"inode {inode} is the file system's own")
         if not found.nlink:
             raise NotFound(f"there is no inode {inode}")
         if st.S_IFMT(found.mode) not in _TYPES:
@@ -164,7 +176,7 @@ class ExtFileSystem:
         if folder.flags & ENCRYPT_FLAG:
             raise GuestError("it is encrypted")
         if folder.flags & INLINE_FLAG:
-            yield from entries(ext_attributes.inline(folder)[4:], self._inodes.count)  # behind the parent's number
+            yield from inline_names(ext_attributes.inline(folder)[4:], self._inodes.count)  # behind the parent's number
             return
         if folder.size % self._inodes.block or folder.size > _LARGEST_FOLDER:
             raise GuestError(f"it has {folder.size:,} bytes")
@@ -173,7 +185,7 @@ class ExtFileSystem:
             content = self._map.read(folder, offset, min(_PIECE, folder.size - offset))
             for begin in range(0, len(content), self._inodes.block):
                 part = content[begin : begin + self._inodes.block]
-                yield from names(part, offset + begin, self._inodes.count, seed, indexed)
+                yield from block_names(part, offset + begin, self._inodes.count, seed, indexed)
 
 
 def _add(runs: MutableSequence[Run], length: int, offset: int | None) -> None:

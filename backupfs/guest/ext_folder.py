@@ -3,7 +3,7 @@
 What an index adds looks like entries that are not used, but for its checksums.
 
 Source: Linux, fs/ext4/ext4.h (ext4_dir_entry_2), dir.c (__ext4_check_dir_entry), namei.c (ext4_dirblock_csum_verify,
-get_dx_countlimit), inline.c.
+get_dx_countlimit, ext4_dx_csum), inline.c.
 """
 
 import struct
@@ -15,10 +15,11 @@ from backupfs.guest.crc32c import crc32c
 _ENTRY = struct.Struct("<IHBB")  # inode, rec_len, name_len, file_type
 _TAIL, _TAIL_TYPE = 12, 0xDE
 _LEAST = 12  # bytes of an entry
+_INDEX = 8  # bytes of an index's entry, and of what has its checksum
 _ROOT_SIZE = 8  # of what describes an index, behind `.` and `..`
 
 
-def names(part: bytes, offset: int, inodes: int, seed: int | None, indexed: bool) -> Iterator[tuple[bytes, int]]:
+def block_names(part: bytes, offset: int, inodes: int, seed: int | None, indexed: bool) -> Iterator[tuple[bytes, int]]:
     """Yield the names in a block of a folder and their inodes, without `.` and `..`.
 
     Args:
@@ -31,12 +32,16 @@ def names(part: bytes, offset: int, inodes: int, seed: int | None, indexed: bool
     Raises:
         GuestError: it is damaged.
     """
-    if seed is not None and not (indexed and _is_index(part, first=not offset)):
-        _verify(part, seed)
-    yield from entries(part, inodes)
+    if seed is not None:
+        at = _index_at(part, first=not offset) if indexed else 0
+        if at:
+            _verify_index(part, at, seed)
+        else:
+            _verify(part, seed)
+    yield from inline_names(part, inodes)
 
 
-def entries(part: bytes, inodes: int) -> Iterator[tuple[bytes, int]]:
+def inline_names(part: bytes, inodes: int) -> Iterator[tuple[bytes, int]]:
     """Yield what is in one block, or in an inode. Raises GuestError."""
     position, end = 0, len(part)
     while position < end:
@@ -61,13 +66,26 @@ def _length(length: int, block: int) -> int:
     return block if length in {0, 0xFFFF} else length & 0xFFFC | (length & 3) << 16
 
 
-def _is_index(part: bytes, *, first: bool) -> bool:
+def _index_at(part: bytes, *, first: bool) -> int:
+    """Return where the entries of an index begin in a block; 0: it has names, not an index."""
     block = len(part)
     inode, length, _, _ = _ENTRY.unpack_from(part)
     if not first:
-        return bool(not inode and _length(length, block) == block)
+        return 8 if not inode and _length(length, block) == block else 0
     _, second, _, _ = _ENTRY.unpack_from(part, _LEAST)
-    return bool(length == _LEAST and _length(second, block) == block - _LEAST and part[29] == _ROOT_SIZE)
+    is_root = length == _LEAST and _length(second, block) == block - _LEAST
+    return 32 if is_root and part[24:28] == bytes(4) and part[29] == _ROOT_SIZE else 0
+
+
+def _verify_index(part: bytes, at: int, seed: int) -> None:
+    """Source: ext4_dx_csum."""
+    limit, count = struct.unpack_from("<2H", part, at)
+    used, tail = at + count * _INDEX, at + limit * _INDEX
+    if count > limit or tail + _INDEX > len(part):
+        raise GuestError("its index makes no sense")
+    (found,) = struct.unpack_from("<I", part, tail + 4)
+    if crc32c(part[tail : tail + 4] + bytes(4), crc32c(part[:used], seed)) != found:
+        raise GuestError("the checksum of a block of its index is wrong")
 
 
 def _verify(part: bytes, seed: int) -> None:

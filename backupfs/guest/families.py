@@ -1,7 +1,10 @@
 """The parsers of file systems. Imported by the child alone: they are C, or slow to import."""
 
+from collections.abc import Iterator
+from typing import Protocol
+
 from backupfs.errors import GuestError
-from backupfs.filesystem import FileSystem
+from backupfs.filesystem import Entry, FileSystem
 from backupfs.guest.btrfs import BtrfsFileSystem
 from backupfs.guest.detect import BTRFS, EXT, FAT, NTFS, XFS
 from backupfs.guest.ext import ExtFileSystem
@@ -12,7 +15,14 @@ from backupfs.guest.xfs import XfsFileSystem
 from backupfs.image import Image
 
 
-def open_family(volume: Image, family: str, kind: str) -> FileSystem:
+class Parser(FileSystem, Protocol):
+    """A FileSystem that tells what is in a folder as it finds it."""
+
+    def entries(self, inode: int) -> Iterator[Entry]:
+        """Yield what `list` returns."""
+
+
+def open_family(volume: Image, family: str, kind: str) -> Parser:
     """Return a volume's file system.
 
     Raises:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 
 from backupfs.errors import GuestError, NotFound
 from backupfs.extents import Extent
-from backupfs.filesystem import Entry, Run, Stat
+from backupfs.filesystem import Entry, Run, Stat, listed
 from backupfs.guest.reading import read
 from backupfs.image import Image
 from backupfs.units import KiB, MiB
@@ -30,8 +30,9 @@ _LARGEST_FOLDER = 2 * MiB  # as in Linux
 _PAGE = 64 * KiB
 _MOST_12, _MOST_16 = 0xFF4, 0xFFF4  # clusters
 _MOST_RUNS = 100_000
-for _name_of_codec in ("cp437", "utf-16-le"):
-    codecs.lookup(_name_of_codec)  # the process can open no file any more when it is first used
+# Now: the process can open no file any more when they are first used.
+codecs.lookup("cp437")
+codecs.lookup("utf-16-le")
 
 
 class FatFileSystem:
@@ -73,15 +74,37 @@ class FatFileSystem:
         if inode == self.root:
             size = self._first_folder[1] if self._bits != 32 else self._length(self._first_cluster)
             return Stat(inode, st.S_IFDIR | 0o755, 1, 0, 0, size, size, 0, 0, 0, has_xattrs=False)
-        return self._stat(inode, self._entry(inode))
+        _, attributes, _, _, _, _, read_on, _, time, date, _, size = _ENTRY.unpack(raw := self._entry(inode))
+        written = _time(date, time)
+        if attributes & _FOLDER:
+            mode, size = st.S_IFDIR | 0o755, self._length(_first(raw))
+        else:
+            mode = st.S_IFREG | (0o555 if attributes & _READ_ONLY else 0o755)
+        return Stat(
+            inode=inode,
+            mode=mode,
+            nlink=1,
+            uid=0,
+            gid=0,
+            size=size,
+            allocated=-(-size // self._cluster) * self._cluster,
+            atime_ns=_time(read_on, 0),
+            mtime_ns=written,
+            ctime_ns=written,
+            has_xattrs=False,
+        )
 
     def list(self, inode: int) -> list[Entry]:
-        found: dict[bytes, Entry] = {}
-        for name, number, raw in self._entries(inode):
+        return [*self.entries(inode)]
+
+    def entries(self, inode: int) -> Iterator[Entry]:
+        """Yield what `list` returns."""
+        found = set[bytes]()
+        for name, number in self._names(inode):
             if name in found:
                 raise GuestError(f"folder {inode} is damaged: it has the name {name!r} twice")
-            found[name] = Entry(name, self._listed(number, raw))
-        return list(found.values())
+            found.add(name)
+            yield Entry(name, listed(self, number))
 
     def read(self, inode: int, offset: int, length: int) -> bytes:
         parts = []
@@ -116,35 +139,8 @@ class FatFileSystem:
             raise NotFound(f"there is no inode {inode}")
         return raw
 
-    def _listed(self, inode: int, raw: bytes) -> Stat:
-        try:
-            return self._stat(inode, raw)
-        except GuestError:
-            return Stat(inode, 0, 1, 0, 0, 0, 0, 0, 0, 0)
-
-    def _stat(self, inode: int, raw: bytes) -> Stat:
-        _, attributes, _, _, _, _, read_on, _, time, date, _, size = _ENTRY.unpack(raw)
-        written = _time(date, time)
-        if attributes & _FOLDER:
-            mode, size = st.S_IFDIR | 0o755, self._length(_first(raw))
-        else:
-            mode = st.S_IFREG | (0o555 if attributes & _READ_ONLY else 0o755)
-        return Stat(
-            inode=inode,
-            mode=mode,
-            nlink=1,
-            uid=0,
-            gid=0,
-            size=size,
-            allocated=-(-size // self._cluster) * self._cluster,
-            atime_ns=_time(read_on, 0),
-            mtime_ns=written,
-            ctime_ns=written,
-            has_xattrs=False,
-        )
-
-    def _entries(self, inode: int) -> Iterator[tuple[bytes, int, bytes]]:
-        """Yield names, inodes, and the entries themselves, but for what is removed, a label, `.` and `..`."""
+    def _names(self, inode: int) -> Iterator[tuple[bytes, int]]:
+        """Yield names and inodes, but for what is removed, a label, `.` and `..`."""
         parts: list[tuple[int, int, bytes]] = []  # of a long name: number, checksum, what it holds
         for at, content in self._folder(inode):
             for position in range(0, len(content), _SIZE):
@@ -157,7 +153,7 @@ class FatFileSystem:
                     parts = ([] if raw[0] & _LAST else parts) + [(raw[0] & 0x3F, raw[13], _long_part(raw))]
                 else:
                     if not raw[11] & _LABEL and raw[:11].rstrip() not in {b".", b".."}:
-                        yield _name(raw, parts), (at + position) // _SIZE, raw
+                        yield _name(raw, parts), (at + position) // _SIZE
                     parts = []
 
     def _folder(self, inode: int) -> Iterator[tuple[int, bytes]]:

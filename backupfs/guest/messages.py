@@ -13,8 +13,9 @@ import msgspec
 
 from backupfs.units import MiB
 
-LARGEST = 256 * MiB  # bytes of a message: a folder with a million names
+LARGEST = 64 * MiB  # bytes of a message
 LARGEST_READ = MiB  # bytes, of a file or of the volume
+LISTED = 10_000  # entries of a folder in a message, if more come
 LARGEST_CONTENTS = 4 * MiB  # bytes, of several files
 _LENGTH = struct.Struct("<I")
 
@@ -64,9 +65,10 @@ class StatAnswer(msgspec.Struct, tag=True):
 
 
 class ListAnswer(msgspec.Struct, tag=True):
-    """Of `list`."""
+    """Of `list`: LISTED entries, and another answer follows; or the last ones."""
 
     entries: list[tuple[bytes, StatRow]]
+    more: bool = False
 
 
 class BytesAnswer(msgspec.Struct, tag=True):

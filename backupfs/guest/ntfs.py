@@ -123,7 +123,11 @@ class NtfsFileSystem:
             return self._stat(inode, self._open(inode))
 
     def list(self, inode: int) -> list[Entry]:
-        found: dict[bytes, Entry] = {}
+        return [*self.entries(inode)]
+
+    def entries(self, inode: int) -> Iterator[Entry]:
+        """Yield what `list` returns. Whether all of it could be read is known at the end."""
+        found = set[bytes]()
         with self._reading(f"folder {inode}"):
             self._open(inode)
             for entry in self._fs.open_dir(inode=inode):
@@ -131,11 +135,14 @@ class NtfsFileSystem:
                 if name is None or name in found:
                     continue
                 number = int(entry.info.name.meta_addr)
-                with contextlib.suppress(NotFound):  # an entry without an inode: the drivers do not show it either
-                    found[name] = Entry(name, self._stat(number, self._checked(entry, number)))
+                try:
+                    inside = self._stat(number, self._checked(entry, number))
+                except NotFound:
+                    continue  # an entry without an inode: ntfs-3g does not show it either
+                found.add(name)
                 if len(found) > _MOST_ENTRIES:
                     raise GuestError(f"the folder has more than {_MOST_ENTRIES:,} entries")
-        return list(found.values())
+                yield Entry(name, inside)
 
     def read(self, inode: int, offset: int, length: int) -> bytes:
         parts, done = [], 0

@@ -66,18 +66,22 @@ class XfsFileSystem:
         )
 
     def list(self, inode: int) -> list[Entry]:
+        return [*self.entries(inode)]
+
+    def entries(self, inode: int) -> Iterator[Entry]:
+        """Yield what `list` returns."""
         self._refuse_pending(inode)
         folder = self._disk.inode(inode)
         if not st.S_ISDIR(folder.mode):
             raise GuestError(f"inode {inode} is no folder")
-        found: dict[bytes, Entry] = {}
+        found = set[bytes]()
         for name, number in xfs_folder.entries(self._disk, folder):
             if name in found or not name or b"/" in name or b"\0" in name:
                 raise GuestError(f"folder {inode} is damaged: it has the name {name!r}")
-            found[name] = Entry(name, listed(self, number))
+            found.add(name)
             if len(found) > _MOST_ENTRIES:
                 raise GuestError(f"the folder has more than {_MOST_ENTRIES:,} entries")
-        return [*found.values()]
+            yield Entry(name, listed(self, number))
 
     def read(self, inode: int, offset: int, length: int) -> bytes:
         found = self._file(inode)

@@ -128,7 +128,7 @@ def look_up(system: FileSystem, path: bytes) -> Stat:
 def walk(system: FileSystem, root: Stat) -> Iterator[tuple[bytes, Stat]]:
     """Yield (path, what it is) of everything below a folder, folders before what is in them.
 
-    A folder that is inside of itself is not walked into again. Raises GuestError where a folder can't be read.
+    A folder that is inside of itself is not walked into again. Raises GuestError where something can't be read.
     """
     waiting: list[tuple[bytes, Stat, tuple[int, ...]]] = [(b"", root, (root.inode,))]
     while waiting:
@@ -136,9 +136,8 @@ def walk(system: FileSystem, root: Stat) -> Iterator[tuple[bytes, Stat]]:
         inner = []
         for entry in system.list(folder.inode):
             inside = path + b"/" + entry.name
-            if not entry.stat.mode:
-                system.stat(entry.stat.inode)  # says what is wrong
-            yield inside, entry.stat
-            if stat.S_ISDIR(entry.stat.mode) and entry.stat.inode not in above and len(above) < DEEPEST:
-                inner.append((inside, entry.stat, (*above, entry.stat.inode)))
+            found = entry.stat if entry.stat.mode else system.stat(entry.stat.inode)  # or it says what is wrong
+            yield inside, found
+            if stat.S_ISDIR(found.mode) and found.inode not in above and len(above) < DEEPEST:
+                inner.append((inside, found, (*above, found.inode)))
         waiting += reversed(inner)

@@ -23,6 +23,7 @@ from backupfs.sources.child import Child
 # For the parser's own work on a call; what the disk takes is not counted. To open one may be to replay a journal.
 _DEADLINE_S, _OPENING_S = 10.0, 120.0
 _IDLE_S = 60.0
+_MOST_LISTED = 1_000_000  # entries of a folder
 _MOST = 8  # processes at a time; the one that was idle for longest goes first
 T = TypeVar("T")
 
@@ -240,6 +241,7 @@ class GuestFileSystem:
         line, volume = self._line, self._volume
         assert line is not None
         self._crew.note(self)
+        entries: list[tuple[bytes, messages.StatRow]] = []
         allowed_s = _OPENING_S if isinstance(question, messages.Order) else _DEADLINE_S
         try:
             deadline = time.monotonic() + allowed_s
@@ -247,6 +249,17 @@ class GuestFileSystem:
             messages.send(line, question)
             while True:
                 said: messages.FromChild = messages.from_child.decode(messages.receive(line, deadline))
+                if isinstance(said, messages.ListAnswer):
+                    entries += said.entries
+                    if not said.more:
+                        said.entries = entries
+                        break
+                    # A large folder takes long, and that it goes on can be seen.
+                    if len(said.entries) != messages.LISTED or len(entries) > _MOST_LISTED:
+                        raise ValueError(f"a folder of {len(entries)} entries, and more")
+                    deadline = time.monotonic() + allowed_s
+                    line.settimeout(allowed_s)
+                    continue
                 if not isinstance(said, messages.Need):
                     break
                 begun = time.monotonic()

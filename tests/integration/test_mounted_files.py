@@ -21,7 +21,7 @@ from guest_disks import entry, put, table
 from mounts import AS_NOBODY, LANES, choose_lane, fails_with, let_in, needs_fuse, process_of, unmount_all, wait_until
 from repositories import MOMENT
 from servers import freeze, need, run
-from test_guest_files import SIZE, damage_inode, detect_dirty, fill, make_ext4, mounted
+from test_guest_files import SIZE, damage_inode, detect_dirty, fill, make_ext4, make_ntfs, mounted
 from test_volume_files import holes
 
 from backupfs.repository.repository import Repository
@@ -162,11 +162,7 @@ def test_ext4_is_what_the_kernel_shows(shown: Mounted, tmp_path: Path, options: 
 
 
 def test_ntfs_is_what_ntfs_3g_shows(shown: Mounted, tmp_path: Path) -> None:
-    need("mkfs.ntfs", "ntfs-3g")
-    disk = tmp_path / "disk"
-    with disk.open("wb") as file:
-        file.truncate(SIZE)
-    run("mkfs.ntfs", "-q", "-F", "-f", disk)
+    disk = make_ntfs(tmp_path / "disk")
     with mounted(disk, tmp_path / "mnt", ntfs=True) as root:
         fill(root, posix=False)
         (root / "compressed").mkdir()
