@@ -39,14 +39,15 @@ def replayed(volume: Image) -> tuple[Image, tuple[str, ...]]:
     number, device = struct.unpack_from("<2I", head, 0xE0)
     if not number and device:
         raise GuestError("its journal is on another disk, and what is there is needed: it was in use")
+    inodes = Inodes(volume)
     try:
-        return _replay(volume, number)
+        return _replay(volume, inodes, number)
     except (DamagedJournalError, GuestError, NotFound, struct.error) as e:
         raise GuestError(f"its journal is damaged ({e}), and the file system was in use; {_REPAIR}") from e
 
 
-def _replay(volume: Image, number: int) -> tuple[Image, tuple[str, ...]]:
-    block, blocks = _journal_blocks(volume, number)
+def _replay(volume: Image, inodes: Inodes, number: int) -> tuple[Image, tuple[str, ...]]:
+    block, blocks = inodes.block, _journal_blocks(inodes, number)
 
     def read_block(position: int) -> bytes:
         content = read(volume, blocks[position] * block, block) if position < len(blocks) and blocks[position] else None
@@ -121,9 +122,8 @@ class Replayed:
         self._volume.close()
 
 
-def _journal_blocks(volume: Image, number: int) -> tuple[int, list[int]]:
-    """Return the size of a block, and where each block of the journal is, 0: nowhere. Raises GuestError."""
-    inodes = Inodes(volume)
+def _journal_blocks(inodes: Inodes, number: int) -> list[int]:
+    """Return where each block of the journal is, 0: nowhere. Raises GuestError, NotFound, DamagedJournalError."""
     inode = inodes.get(number)
     count = inode.size // inodes.block
     if not 0 < count <= _LARGEST:
@@ -133,4 +133,4 @@ def _journal_blocks(volume: Image, number: int) -> tuple[int, list[int]]:
         if not part.written:
             raise DamagedJournalError("a part of it was never written")
         blocks[part.first : part.first + part.blocks] = range(part.at, part.at + part.blocks)
-    return inodes.block, blocks
+    return blocks

@@ -24,6 +24,7 @@ from servers import freeze, need, run
 from test_guest_files import SIZE, damage_inode, detect_dirty, fill, make_ext4, make_ntfs, mounted
 from test_volume_files import holes
 
+from backupfs.guest.crc32c import crc32c
 from backupfs.repository.repository import Repository
 from backupfs.services import background
 from backupfs.services import mount as service
@@ -198,13 +199,21 @@ def test_an_ext4_with_a_journal_to_replay(shown: Mounted, tmp_path: Path) -> Non
         assert differences(shown.at("vda.files", "0"), root) == []
 
 
+def without_journal(superblock: bytes) -> bytes:
+    """Return the superblock of an ext4 that is to be replayed, from an inode that is no journal."""
+    head = bytearray(superblock)
+    struct.pack_into("<I", head, 96, struct.unpack_from("<I", head, 96)[0] | 4)
+    struct.pack_into("<I", head, 0xE0, 7)
+    struct.pack_into("<I", head, 1020, crc32c(bytes(head[:1020])))
+    return bytes(head)
+
+
 def test_volumes_that_can_and_that_can_not(shown: Mounted, tmp_path: Path) -> None:
     inside = make_ext4(tmp_path / "inside")
     with mounted(inside, tmp_path / "mnt") as root:
         (root / "hello").write_text("hello")
     journal = bytearray(inside.read_bytes())
-    struct.pack_into("<I", journal, 1024 + 96, struct.unpack_from("<I", journal, 1024 + 96)[0] | 4)  # to be replayed
-    struct.pack_into("<I", journal, 1024 + 0xE0, 7)  # from an inode that is no journal
+    journal[1024:2048] = without_journal(journal[1024:2048])
     disk = bytearray(3 * SIZE)
     sectors = SIZE // 512
     put(
@@ -231,6 +240,28 @@ def test_volumes_that_can_and_that_can_not(shown: Mounted, tmp_path: Path) -> No
     assert "journal is damaged" in shown.log()
     for wrong in ("4", "1.NOT-REPLAYED.txt", "1/none"):
         fails_with(errno.ENOENT, os.stat, shown.at("vda.files", wrong))
+
+
+def test_a_damaged_journal_can_be_repaired_in_the_view(shown: Mounted, tmp_path: Path) -> None:
+    """As UNSUPPORTED.txt says."""
+    need("e2fsck")
+    if not shown.lane:
+        pytest.skip("writes go through the lane")
+    disk = make_ext4(tmp_path / "disk")
+    with mounted(disk, tmp_path / "mnt") as root:
+        (root / "hello").write_text("hello")
+    with disk.open("r+b") as file:
+        os.pwrite(file.fileno(), without_journal(os.pread(file.fileno(), 1024, 1024)), 1024)
+    shown.add(vda=disk)
+    (tmp_path / "scratch").mkdir()
+    shown.mount(scratch=str(tmp_path / "scratch"))
+    assert os.listdir(shown.at("vda.files", "0")) == ["UNSUPPORTED.txt"]
+    assert "journal is damaged" in shown.at("vda.files", "0", "UNSUPPORTED.txt").read_text()
+    repaired = subprocess.run(["e2fsck", "-fy", shown.at("vda.rw")], capture_output=True, text=True, check=False)
+    assert repaired.returncode in {0, 1}, repaired.stdout + repaired.stderr
+    with mounted(shown.at("vda.rw"), tmp_path / "mnt", read_only=True) as root:
+        assert (root / "hello").read_text() == "hello"
+    assert shown.at("vda.raw").read_bytes() == disk.read_bytes()
 
 
 def small_files(tmp_path: Path) -> Path:
