@@ -19,7 +19,7 @@ _EXTRA = struct.Struct("<HHIII")  # extra_isize, checksum_hi; ctime, mtime, atim
 ROOT = 2
 EXTENTS_FLAG, INLINE_FLAG, EA_INODE_FLAG, ENCRYPT_FLAG, HUGE_FLAG = 0x80000, 0x10000000, 0x200000, 0x800, 0x40000
 INDEX_FLAG = 0x1000
-_SPARSE, _HUGE_FILES, _CHECKSUMS = 0x1, 0x8, 0x400  # ro_compat
+_SPARSE, _HUGE_FILES, _GROUP_CHECKSUMS, _CHECKSUMS = 0x1, 0x8, 0x10, 0x400  # ro_compat
 _META_GROUPS, _WIDE, _SEED, _LARGE_FOLDERS = 0x10, 0x80, 0x2000, 0x4000  # incompat
 _SPARSE_2 = 0x200  # compat
 
@@ -77,11 +77,12 @@ class Inodes:
         if self._descriptor > 1024 or self._descriptor & (self._descriptor - 1):
             raise GuestError("the superblock is damaged")
         self.block = 1024 << log_size
+        self._uuid = head[0x68:0x78]
         self._seed: int | None = None
         if self._ro_compat & _CHECKSUMS:
             if crc32c(head[:1020]) != number(1020):
                 raise GuestError("the superblock is damaged: its checksum is wrong")
-            self._seed = number(0x270) if self._incompat & _SEED else crc32c(head[0x68:0x78])
+            self._seed = number(0x270) if self._incompat & _SEED else crc32c(self._uuid)
         self._tables: dict[int, int] = {}
 
     def read(self, offset: int, length: int) -> bytes:
@@ -168,10 +169,22 @@ class Inodes:
             each = self.block // self._descriptor
             at = self._descriptors(group // each) * self.block + group % each * self._descriptor
             descriptor = self.read(at, self._descriptor)
+            self._verify_group(group, descriptor)
             low = struct.unpack_from("<I", descriptor, 8)[0]
             high = struct.unpack_from("<I", descriptor, 40)[0] if self._descriptor >= 64 else 0
             self._tables[group] = (low | high << 32) * self.block
         return self._tables[group]
+
+    def _verify_group(self, group: int, descriptor: bytes) -> None:
+        """Check a group's descriptor where inodes have no checksums, which would tell that the table is elsewhere.
+
+        Source: fs/ext4/super.c, ext4_group_desc_csum.
+        """
+        if self._seed is not None or not self._ro_compat & _GROUP_CHECKSUMS:
+            return
+        expected = _crc16(self._uuid + struct.pack("<I", group) + descriptor[:30] + descriptor[32:])
+        if expected != struct.unpack_from("<H", descriptor, 30)[0]:
+            raise GuestError(f"the description of group {group} is damaged: its checksum is wrong")
 
     def _descriptors(self, number: int) -> int:
         """Return where a block of group descriptors is, in blocks. Source: fs/ext4/super.c, descriptor_loc."""
@@ -194,6 +207,16 @@ def _is_power(number: int, base: int) -> bool:
     while number > 1 and number % base == 0:
         number //= base
     return number == 1
+
+
+def _crc16(data: bytes) -> int:
+    """Return the CRC-16 that Linux's lib/crc16.c counts, from all bits set on."""
+    state = 0xFFFF
+    for byte in data:
+        state ^= byte
+        for _ in range(8):
+            state = state >> 1 ^ (0xA001 if state & 1 else 0)
+    return state
 
 
 def _time(seconds: int, extra: int) -> int:

@@ -25,6 +25,7 @@ _READ_ONLY, _LABEL, _FOLDER, _LONG = 0x01, 0x08, 0x10, 0x0F
 _END, _REMOVED = 0x00, 0xE5
 _LOWER_NAME, _LOWER_EXTENSION = 0x08, 0x10
 _LAST = 0x40  # of a long name: this one comes first
+_ONE_TABLE = 0x80  # in FAT32's flags
 _ROOT = 1
 _LARGEST_FOLDER = 2 * MiB  # as in Linux
 _PAGE = 64 * KiB
@@ -51,21 +52,25 @@ class FatFileSystem:
         head = self._read(0, 64)
         sector, per_cluster, reserved, copies, entries, total = struct.unpack_from("<HBHBHH", head, 11)
         (table,) = struct.unpack_from("<H", head, 22)
-        wide_total, wide_table = struct.unpack_from("<2I", head, 32)
+        wide_total, wide_table, flags = struct.unpack_from("<2IH", head, 32)
         if sector not in {512, 1024, 2048, 4096} or not per_cluster or per_cluster & (per_cluster - 1):
             raise GuestError("the FAT's first sector makes no sense")
         is_32 = not table
-        self._table = reserved * sector
         table_bytes = (table or wide_table) * sector
-        self._first_folder = self._table + copies * table_bytes, entries * _SIZE
+        # All tables are alike, unless one alone is said to be kept up to date.
+        alone = flags & 0xF if is_32 and flags & _ONE_TABLE else 0
+        self._table = reserved * sector + alone * table_bytes
+        self._first_folder = reserved * sector + copies * table_bytes, entries * _SIZE
         self._cluster = per_cluster * sector
         self._data = self._first_folder[0] + -(-entries * _SIZE // sector) * sector
         clusters = max(0, (total or wide_total) * sector - self._data) // self._cluster
         self._bits = 32 if is_32 else 16 if clusters > _MOST_12 else 12
         self._count = min(clusters, table_bytes * 8 // self._bits - 2)
-        if not reserved or not copies or self._count < 1 or (self._bits == 16 and clusters > _MOST_16):
-            raise GuestError("the FAT's first sector makes no sense")
         self._first_cluster = struct.unpack_from("<I", head, 44)[0] if is_32 else 0
+        if not reserved or alone >= copies or self._count < 1 or (self._bits == 16 and clusters > _MOST_16):
+            raise GuestError("the FAT's first sector makes no sense")
+        if is_32 and not self._first_cluster:
+            raise GuestError("the FAT's first sector makes no sense: it has no first folder")
         self._page = functools.lru_cache(64)(self._read_page)
         self._chain = functools.lru_cache(16)(self._follow)
         self.stat(self.root)
@@ -77,7 +82,7 @@ class FatFileSystem:
         _, attributes, _, _, _, _, read_on, _, time, date, _, size = _ENTRY.unpack(raw := self._entry(inode))
         written = _time(date, time)
         if attributes & _FOLDER:
-            mode, size = st.S_IFDIR | 0o755, self._length(_first(raw))
+            mode, size = st.S_IFDIR | 0o755, self._length(self._first(raw))
         else:
             mode = st.S_IFREG | (0o555 if attributes & _READ_ONLY else 0o755)
         return Stat(
@@ -163,7 +168,7 @@ class FatFileSystem:
             raw = self._entry(inode)
             if not raw[11] & _FOLDER:
                 raise GuestError(f"inode {inode} is no folder")
-            first = _first(raw)
+            first = self._first(raw)
         elif self._bits != 32:
             at, length = self._first_folder
             yield at, self._read(at, length)
@@ -185,7 +190,12 @@ class FatFileSystem:
         raw = self._entry(inode)
         if raw[11] & _FOLDER:
             raise GuestError(f"inode {inode} is no file")
-        return _first(raw), struct.unpack_from("<I", raw, 28)[0]
+        return self._first(raw), struct.unpack_from("<I", raw, 28)[0]
+
+    def _first(self, raw: bytes) -> int:
+        """Return the first cluster of an entry. The upper half is FAT32's: OS/2 and DR-DOS keep other things there."""
+        high, low = struct.unpack_from("<H", raw, 20)[0], struct.unpack_from("<H", raw, 26)[0]
+        return int(low | high << 16) & 0x0FFFFFFF if self._bits == 32 else int(low)
 
     def _parts(self, inode: int, offset: int, length: int) -> Iterator[Run]:
         """Yield where a range of a file lies, up to the file's end."""
@@ -241,11 +251,6 @@ class FatFileSystem:
         if data is None:
             raise GuestError(f"the FAT is damaged: it wants {length} bytes at {offset}, behind its end")
         return data
-
-
-def _first(raw: bytes) -> int:
-    high, low = struct.unpack_from("<H", raw, 20)[0], struct.unpack_from("<H", raw, 26)[0]
-    return int(low | high << 16) & 0x0FFFFFFF
 
 
 def _time(date: int, time: int) -> int:

@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import struct
 from contextlib import closing
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def fill_ext(root: Path) -> None:
         ("-t", "ext3", "-b", "1024"),
         ("-b", "1024", "-O", "meta_bg,^resize_inode", "-g", "1024"),
         ("-O", "bigalloc,ea_inode", "-C", "16384"),
+        ("-b", "1024", "-O", "^metadata_csum,uninit_bg,64bit"),
         ("-O", "sparse_super2,metadata_csum_seed,uninit_bg,^has_journal"),
     ],
     ids=lambda options: " ".join(options) or "default",
@@ -124,6 +126,20 @@ def test_a_damaged_folder_of_ext4(tmp_path: Path) -> None:
             except GuestError as e:
                 errors += "checksum" in str(e)
     assert errors > 12, "what is not used in the index has no checksum"
+
+
+def test_a_damaged_description_of_a_group(tmp_path: Path) -> None:
+    """Without checksums of inodes nothing else tells that a table of them is elsewhere."""
+    path = make_ext4(tmp_path / "disk", "-b", "1024", "-O", "^metadata_csum,uninit_bg,^64bit")
+    with mounted(path, tmp_path / "mnt") as root:
+        (root / "file").write_bytes(b"content")
+    with path.open("r+b") as file:
+        file.seek(2048 + 8)  # the first group's table of inodes
+        (table,) = struct.unpack("<I", file.read(4))
+        file.seek(2048 + 8)
+        file.write(struct.pack("<I", table + 1))
+    with pytest.raises(GuestError, match="the description of group 0 is damaged"):
+        open_image(path)
 
 
 def test_more_names_than_are_told_at_once(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Guests' files as backupfs reads them, and as the kernel (for NTFS ntfs-3g, for FAT mtools) does: the same."""
+"""Guests' files as backupfs reads them, and as the kernel (for NTFS ntfs-3g) does: the same."""
 
 import os
 import random
@@ -213,64 +213,6 @@ def test_ntfs(tmp_path: Path) -> None:
         assert system.xattrs(look(system, "a/tiny")) == {b"user.stream": b"alternate"}
         holes = [e for e in system.extents(look(system, "a/sparse"), 0, 9 * MiB) if e.flag]
         assert sum(e.length for e in holes) >= 8 * MiB
-
-
-@pytest.mark.parametrize("bits", ["12", "16", "32"])
-def test_fat(tmp_path: Path, bits: str) -> None:
-    need("mkfs.fat", "mcopy")
-    path, source = tmp_path / "disk", tmp_path / "source"
-    with path.open("wb") as file:
-        file.truncate(SIZE if bits != "12" else 15 * MiB)
-    run("mkfs.fat", "-F", bits, "-n", "LABEL", *(("-s", "1") if bits == "32" else ()), path)
-    source.mkdir()
-    fill(source, posix=False)
-    if bits == "12":
-        (source / "a/sparse").unlink()
-    for folder in ("a", "many"):
-        run("env", "TZ=UTC", "LC_ALL=C.UTF-8", "mcopy", "-i", path, "-s", "-m", source / folder, "::")
-    with closing(open_image(path)) as system:
-        inside = {entry.name for entry in system.list(system.root)}
-        assert inside == {b"a", b"many"}
-        times = ("mode", "nlink", "atime_ns", "mtime_ns", "ctime_ns", "allocated")
-        assert [line for line in differences(system, source, *times) if ": size " not in line] == []
-        written = (source / "a/big").stat().st_mtime
-        assert abs(system.stat(look(system, "a/big")).mtime_ns / 10**9 - written) <= 2, "FAT counts in pairs of seconds"
-
-
-@pytest.mark.parametrize("bits", ["12", "16", "32"])
-def test_a_large_folder_of_fat(tmp_path: Path, bits: str) -> None:
-    """Long names, and short ones, of which some were removed and renamed."""
-    need("mkfs.fat", "mcopy", "mdel", "mren")
-    path, source = tmp_path / "disk", tmp_path / "source"
-    with path.open("wb") as file:
-        file.truncate({"12": 15, "16": 64, "32": 300}[bits] * MiB)
-    run("mkfs.fat", "-F", bits, *(("-s", "8") if bits == "32" else ()), path)
-    source.mkdir()
-    names = [f"{number} ü {'n' * (1 + number * 7 % 200)}" for number in range(120)]
-    for number, name in enumerate(names):
-        (source / name).write_bytes(random.Random(number).randbytes(number * 70))
-    in_utc = ("env", "TZ=UTC", "LC_ALL=C.UTF-8")
-    run(*in_utc, "mmd", "-i", path, "::folder")
-    run(*in_utc, "mcopy", "-i", path, "-m", *source.iterdir(), "::folder")
-    run(*in_utc, "mdel", "-i", path, *(f"::folder/{name}" for name in names[::3]))
-    for name in names[::3]:
-        (source / name).unlink()
-    for number in range(1, 120, 30):
-        run(*in_utc, "mren", "-i", path, f"::folder/{names[number]}", f"renamed {number}")
-        (source / names[number]).rename(source / f"renamed {number}")
-    for number in range(20):  # in the places of what was removed
-        (source / f"SHORT{number}.TXT").write_bytes(random.Random(number).randbytes(20_000 + number))
-    run(*in_utc, "mcopy", "-i", path, "-m", *source.glob("SHORT*"), "::folder")
-    content = path.read_bytes()
-    with closing(open_image(path)) as system:
-        found = {entry.name: entry.stat for entry in system.list(look(system, "folder"))}
-        assert set(found) == set(os.listdir(os.fsencode(source)))
-        for name, s in found.items():
-            expected = (source / os.fsdecode(name)).read_bytes()
-            assert system.read(s.inode, 0, s.size + 10) == expected
-            runs = system.runs(s.inode)
-            assert runs is not None
-            assert b"".join(content[r.offset :][: r.length] for r in runs if r.offset is not None) == expected
 
 
 def test_a_large_folder_of_ntfs(tmp_path: Path) -> None:
