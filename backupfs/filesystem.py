@@ -112,7 +112,12 @@ def listed(system: FileSystem, inode: int) -> Stat:
     try:
         return system.stat(inode)
     except BackupfsError:
-        return Stat(inode, 0, 1, 0, 0, 0, 0, 0, 0, 0)
+        return unreadable(inode)
+
+
+def unreadable(inode: int) -> Stat:
+    """Return what is listed of an inode that can't be read."""
+    return Stat(inode, 0, 1, 0, 0, 0, 0, 0, 0, 0)
 
 
 def printable(name: bytes) -> str:

@@ -6,7 +6,6 @@ C on what a guest wrote: only in a process of its own (child.py). One thread.
 import contextlib
 import functools
 import stat as st
-import struct
 from collections.abc import Iterator, MutableSequence, Sequence
 from typing import Any
 
@@ -14,12 +13,12 @@ import pytsk3
 
 from backupfs.errors import BackupfsError, GuestError, NotFound
 from backupfs.extents import Extent, coalesce
-from backupfs.filesystem import Entry, Run, Stat
+from backupfs.filesystem import Entry, Run, Stat, unreadable
+from backupfs.guest import ntfs_log, ntfs_reparse
 from backupfs.image import Image
 from backupfs.units import KiB
 
 _MOST_ENTRIES = 1_000_000  # in a folder
-_LONGEST_LINK = 4096
 _TYPES = {
     pytsk3.TSK_FS_META_TYPE_REG: st.S_IFREG,
     pytsk3.TSK_FS_META_TYPE_DIR: st.S_IFDIR,
@@ -28,8 +27,7 @@ _TYPES = {
 _VIRTUAL = (pytsk3.TSK_FS_NAME_TYPE_VIRT, pytsk3.TSK_FS_NAME_TYPE_VIRT_DIR)
 _FIRST_USER_SEGMENT = 24  # of NTFS' master file table: before it is the file system's own
 _OWN_SEGMENTS = frozenset(range(5)) | frozenset(range(6, _FIRST_USER_SEGMENT))  # 5 is the root
-_REPARSE_LINKS = {0xA000000C: 20, 0xA0000003: 16}  # symbolic link, junction: where the names begin
-_REPARSE_FILES = {0x80000017: "compressed by Windows (WOF)", 0x80000013: "deduplicated by Windows"}
+_LOG = 2  # its number in the master file table
 _TAIL = 64 * KiB
 _MOST_RUNS = 100_000
 _NOT_RESIDENT = int(pytsk3.TSK_FS_ATTR_NONRES)
@@ -77,12 +75,12 @@ class NtfsFileSystem:
     """
 
     kind = "ntfs"
-    notes: tuple[str, ...] = ()
 
     def __init__(self, volume: Image) -> None:
         self._image = volume
         self._begin_anew()
         self.root = int(self._fs.info.root_inum)
+        self.notes = self._look_at_log()
 
     def _begin_anew(self) -> None:
         self._fs: Any = None
@@ -96,6 +94,19 @@ class NtfsFileSystem:
         self._fs = opened
         self._open = functools.lru_cache(256)(self._open_anew)
         self._refuse_unreadable = functools.lru_cache(256)(self._look_whether_readable)
+
+    def _look_at_log(self) -> tuple[str, ...]:
+        try:
+            with self._reading("its log"):
+                log = bytes(self._fs.open_meta(_LOG).read_random(0, ntfs_log.LENGTH))
+        except GuestError as e:
+            return (f"whether the NTFS was in use is not known: {e}",)
+        if not ntfs_log.was_in_use(log):
+            return ()
+        return (
+            "the NTFS was in use, and its log ($LogFile) is not replayed: what changed in the seconds before may be"
+            " missing, or wrong where files were removed or moved; Windows replays it",
+        )
 
     @contextlib.contextmanager
     def _reading(self, what: str) -> Iterator[None]:
@@ -138,7 +149,7 @@ class NtfsFileSystem:
                 try:
                     inside = self._stat(number, self._checked(entry, number))
                 except NotFound:
-                    continue  # an entry without an inode: ntfs-3g does not show it either
+                    inside = unreadable(number)  # ntfs-3g shows the name too
                 found.add(name)
                 if len(found) > _MOST_ENTRIES:
                     raise GuestError(f"the folder has more than {_MOST_ENTRIES:,} entries")
@@ -171,7 +182,7 @@ class NtfsFileSystem:
 
     def readlink(self, inode: int) -> bytes:
         with self._reading(f"inode {inode}"):
-            target = self._reparse_link(self._open(inode)) or b""
+            target = ntfs_reparse.link(self._reparse(self._open(inode))) or b""
         if not target:
             raise GuestError(f"inode {inode} is no symbolic link")
         return target
@@ -218,7 +229,7 @@ class NtfsFileSystem:
         meta = file.info.meta
         mode = _TYPES.get(meta.type, 0) or st.S_IFREG
         size, nlink = int(meta.size), 1
-        target = self._reparse_link(file)
+        target = ntfs_reparse.link(self._reparse(file))
         if target is not None:
             mode, size = st.S_IFLNK, len(target)
         if not st.S_ISDIR(mode):
@@ -241,9 +252,11 @@ class NtfsFileSystem:
     def _look_whether_readable(self, inode: int) -> None:
         """Raise GuestError for what would come out wrong."""
         file = self._open(inode)
-        tag, data = self._reparse_tag(file), _data(file)
-        if tag in _REPARSE_FILES:
-            raise GuestError(f"inode {inode} is {_REPARSE_FILES[tag]}, which is not read")
+        data = _data(file)
+        has_holes = data is not None and any(int(run.flags) & _HOLE for run in data)
+        reason = ntfs_reparse.reason(self._reparse(file), has_holes=has_holes)
+        if reason:
+            raise GuestError(f"inode {inode} {reason}")
         if data is not None and _flags(data) & int(pytsk3.TSK_FS_ATTR_ENC):
             raise GuestError(f"inode {inode} is encrypted")
         if data is not None and any(int(run.flags) & _FILLER for run in data):
@@ -311,29 +324,8 @@ class NtfsFileSystem:
     def _reparse(file: Any) -> bytes:
         for attribute in file:
             if int(attribute.info.type) == int(pytsk3.TSK_FS_ATTR_TYPE_NTFS_REPARSE):
-                return _content(file, attribute, 16 << 10)
+                return _content(file, attribute, ntfs_reparse.LONGEST)
         return b""
-
-    def _reparse_tag(self, file: Any) -> int:
-        content = self._reparse(file)
-        return struct.unpack_from("<I", content)[0] if len(content) >= 8 else 0
-
-    def _reparse_link(self, file: Any) -> bytes | None:
-        """Return the target of a symbolic link or junction, with slashes; None: it is none.
-
-        Source: MS-FSCC 2.1.2.4 and 2.1.2.5.
-        """
-        content = self._reparse(file)
-        if len(content) < 16:
-            return None
-        tag, _, _, at, length, print_at, print_length = struct.unpack_from("<IHHHHHH", content)
-        begin = _REPARSE_LINKS.get(tag)
-        if begin is None:
-            return None
-        if print_length:
-            at, length = print_at, print_length
-        target = content[begin + at : begin + at + length].decode("utf-16-le", "surrogatepass").replace("\\", "/")
-        return target.encode("utf-8", "surrogatepass").replace(b"\0", b"")[:_LONGEST_LINK] or b"/"
 
     def _streams(self, inode: int, file: Any) -> Iterator[tuple[bytes, bytes]]:
         """Yield alternate data streams, named as ntfs-3g names them."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from images import FileImage
-from servers import freeze, need, run
+from servers import freeze, run
 
 from backupfs.errors import BackupfsError, GuestError, NotFound
 from backupfs.filesystem import FileSystem, Run
@@ -183,62 +183,6 @@ def make_ext4(path: Path, *options: str) -> Path:
 def detect_dirty(path: Path) -> bool:
     with path.open("rb") as file:
         return bool(struct.unpack_from("<I", file.read(2048), 1024 + 96)[0] & 4)
-
-
-def make_ntfs(path: Path) -> Path:
-    need("mkfs.ntfs", "ntfs-3g")
-    with path.open("wb") as file:
-        file.truncate(SIZE)
-    run("mkfs.ntfs", "-q", "-F", "-f", path)
-    return path
-
-
-def test_ntfs(tmp_path: Path) -> None:
-    path = make_ntfs(tmp_path / "disk")
-    with mounted(path, tmp_path / "mnt", ntfs=True) as root:
-        fill(root, posix=False)
-        (root / "compressed").mkdir()
-        os.setxattr(root / "compressed", "system.ntfs_attrib_be", struct.pack(">I", 0x800))
-        text = b"some text again and again " * 40_000
-        (root / "compressed/file").write_bytes(text + random.Random(2).randbytes(100_000) + text)
-        os.setxattr(root / "a/tiny", "user.stream", b"alternate")
-        (root / "a/hard").hardlink_to(root / "a/tiny")
-    with (
-        mounted(path, tmp_path / "mnt", read_only=True, ntfs=True) as root,
-        closing(open_image(path)) as system,
-    ):
-        # Sizes of folders, and how much of a compressed or tiny file is stored, are told otherwise.
-        found = [line for line in differences(system, root, "allocated") if ": size " not in line]
-        assert found == []
-        assert system.xattrs(look(system, "a/tiny")) == {b"user.stream": b"alternate"}
-        holes = [e for e in system.extents(look(system, "a/sparse"), 0, 9 * MiB) if e.flag]
-        assert sum(e.length for e in holes) >= 8 * MiB
-
-
-def test_a_large_folder_of_ntfs(tmp_path: Path) -> None:
-    path = make_ntfs(tmp_path / "disk")
-    names = [f"{number} {'n' * (number % 200)}" for number in range(1500)]
-    with mounted(path, tmp_path / "mnt", ntfs=True) as root:
-        (root / "folder").mkdir()
-        for name in names:
-            (root / "folder" / name).touch()
-        for name in names[::3]:
-            (root / "folder" / name).unlink()
-        for number in range(1, 1500, 30):
-            (root / "folder" / names[number]).rename(root / f"folder/renamed {number}")
-        with (root / "one").open("wb") as one, (root / "other").open("wb") as other:  # in many pieces
-            for number in range(400):
-                for file in (one, other):
-                    file.write(bytes([number % 251]) * 4096)
-                    file.flush()
-                    os.fsync(file.fileno())
-        for number in range(30):
-            os.setxattr(root / "one", f"user.stream{number}", b"x" * 3000)
-    with (
-        mounted(path, tmp_path / "mnt", read_only=True, ntfs=True) as root,
-        closing(open_image(path)) as system,
-    ):
-        assert [line for line in differences(system, root, "allocated") if ": size " not in line] == []
 
 
 @pytest.fixture

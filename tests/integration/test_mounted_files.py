@@ -21,7 +21,8 @@ from guest_disks import entry, put, table
 from mounts import AS_NOBODY, LANES, choose_lane, fails_with, let_in, needs_fuse, process_of, unmount_all, wait_until
 from repositories import MOMENT
 from servers import freeze, need, run
-from test_guest_files import SIZE, damage_inode, detect_dirty, fill, make_ext4, make_ntfs, mounted
+from test_guest_files import SIZE, damage_inode, detect_dirty, fill, make_ext4, mounted
+from test_ntfs import make_ntfs
 from test_volume_files import holes
 
 from backupfs.guest.crc32c import crc32c

@@ -1,0 +1,156 @@
+"""NTFS as backupfs reads it, and as ntfs-3g does: the same."""
+
+import os
+import random
+import struct
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import pytsk3
+from servers import need, run
+from test_guest_files import LONG, SIZE, differences, fill, look, mounted, open_image
+
+from backupfs.errors import GuestError, NotFound
+from backupfs.units import MiB
+
+pytestmark = pytest.mark.timeout(300 if not LONG else 3600)
+
+
+def make_ntfs(path: Path) -> Path:
+    need("mkfs.ntfs", "ntfs-3g")
+    with path.open("wb") as file:
+        file.truncate(SIZE)
+    run("mkfs.ntfs", "-q", "-F", "-f", path)
+    return path
+
+
+def place(path: Path, number: int, offset: int) -> int:
+    """Return where a byte of a file lies, by the number of its record in the master file table."""
+    volume = pytsk3.FS_Info(pytsk3.Img_Info(str(path)))
+    block = int(volume.info.block_size)
+    kind = int(pytsk3.TSK_FS_ATTR_TYPE_NTFS_DATA)
+    for part in next(a for a in volume.open_meta(number) if int(a.info.type) == kind and not a.info.name):
+        within = offset - int(part.offset) * block
+        if 0 <= within < int(part.len) * block:
+            return int(part.addr) * block + within
+    raise AssertionError("it is not there")
+
+
+def test_ntfs(tmp_path: Path) -> None:
+    path = make_ntfs(tmp_path / "disk")
+    with mounted(path, tmp_path / "mnt", ntfs=True) as root:
+        fill(root, posix=False)
+        (root / "compressed").mkdir()
+        os.setxattr(root / "compressed", "system.ntfs_attrib_be", struct.pack(">I", 0x800))
+        text = b"some text again and again " * 40_000
+        (root / "compressed/file").write_bytes(text + random.Random(2).randbytes(100_000) + text)
+        os.setxattr(root / "a/tiny", "user.stream", b"alternate")
+        (root / "a/hard").hardlink_to(root / "a/tiny")
+    with (
+        mounted(path, tmp_path / "mnt", read_only=True, ntfs=True) as root,
+        closing(open_image(path)) as system,
+    ):
+        # Sizes of folders, and how much of a compressed or tiny file is stored, are told otherwise.
+        found = [line for line in differences(system, root, "allocated") if ": size " not in line]
+        assert found == []
+        assert system.xattrs(look(system, "a/tiny")) == {b"user.stream": b"alternate"}
+        holes = [e for e in system.extents(look(system, "a/sparse"), 0, 9 * MiB) if e.flag]
+        assert sum(e.length for e in holes) >= 8 * MiB
+
+
+def test_a_large_folder_of_ntfs(tmp_path: Path) -> None:
+    path = make_ntfs(tmp_path / "disk")
+    names = [f"{number} {'n' * (number % 200)}" for number in range(1500)]
+    with mounted(path, tmp_path / "mnt", ntfs=True) as root:
+        (root / "folder").mkdir()
+        for name in names:
+            (root / "folder" / name).touch()
+        for name in names[::3]:
+            (root / "folder" / name).unlink()
+        for number in range(1, 1500, 30):
+            (root / "folder" / names[number]).rename(root / f"folder/renamed {number}")
+        with (root / "one").open("wb") as one, (root / "other").open("wb") as other:  # in many pieces
+            for number in range(400):
+                for file in (one, other):
+                    file.write(bytes([number % 251]) * 4096)
+                    file.flush()
+                    os.fsync(file.fileno())
+        for number in range(30):
+            os.setxattr(root / "one", f"user.stream{number}", b"x" * 3000)
+    with (
+        mounted(path, tmp_path / "mnt", read_only=True, ntfs=True) as root,
+        closing(open_image(path)) as system,
+    ):
+        assert [line for line in differences(system, root, "allocated") if ": size " not in line] == []
+
+
+def test_a_name_whose_record_is_damaged(tmp_path: Path) -> None:
+    path = make_ntfs(tmp_path / "disk")
+    with mounted(path, tmp_path / "mnt", ntfs=True) as root:
+        fill(root, posix=False)
+    with closing(open_image(path)) as system:
+        folder, inode = look(system, "many"), look(system, "many/file number 7")
+        names = {entry.name for entry in system.list(folder)}
+    with path.open("r+b") as file:
+        file.seek(place(path, 0, inode * 1024))
+        assert file.read(4) == b"FILE"
+        file.write(bytes(1020))
+    with closing(open_image(path)) as system:
+        found = {entry.name: entry.stat.mode for entry in system.list(folder)}
+        assert set(found) == names
+        assert [name for name, mode in found.items() if not mode] == [b"file number 7"]
+        with pytest.raises((GuestError, NotFound)):
+            system.stat(inode)
+    with mounted(path, tmp_path / "mnt", read_only=True, ntfs=True) as root:
+        assert set(os.listdir(os.fsencode(root / "many"))) == names
+
+
+def test_files_whose_content_is_elsewhere(tmp_path: Path) -> None:
+    """What OneDrive has on demand only, or WOF compressed, would read as zeroes."""
+    path, content = make_ntfs(tmp_path / "disk"), random.Random(4).randbytes(100_000)
+
+    def make(name: str, tag: int, *, whole: bool) -> None:
+        with (root / name).open("wb") as file:
+            file.truncate(MiB)
+            if whole:
+                file.write(content)
+                file.truncate(len(content))
+        os.setxattr(root / name, "system.ntfs_reparse_data", struct.pack("<IHH", tag, 16, 0) + bytes(16))
+
+    with mounted(path, tmp_path / "mnt", ntfs=True) as root:
+        make("placeholder", 0x9000701A, whole=False)
+        make("compressed", 0x80000017, whole=True)
+        make("downloaded", 0x9000701A, whole=True)
+    with closing(open_image(path)) as system:
+        for name, words in (("placeholder", "is kept elsewhere"), ("compressed", "compressed by Windows")):
+            inode = look(system, name)
+            for call in (lambda inode=inode: system.read(inode, 0, 10), lambda inode=inode: system.runs(inode)):
+                with pytest.raises(GuestError, match=words):
+                    call()
+        assert system.read(look(system, "downloaded"), 0, MiB) == content
+
+
+def test_an_ntfs_that_was_in_use(tmp_path: Path) -> None:
+    """Its log is not replayed, which is said: a restart page as Windows writes it, with and without a client in use."""
+    path = make_ntfs(tmp_path / "disk")
+    at = place(path, 2, 0)
+
+    def notes(*pages: tuple[int, int, int]) -> tuple[str, ...]:
+        """Say what there is to be known with pages of newest LSN, client in use, flags."""
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(b"\xff" * 8192)
+            for number, (newest, in_use, flags) in enumerate(pages):
+                head = struct.pack("<4sHHQIIH", b"RSTR", 0x1E, 9, 0, 4096, 4096, 0x30)
+                file.seek(at + number * 4096)
+                file.write(head.ljust(0x30, b"\0") + struct.pack("<QHHHH", newest, 1, 0, in_use, flags))
+        with closing(open_image(path)) as system:
+            return system.notes
+
+    assert notes() == ()
+    used, not_used, clean = (1, 0, 0), (2, 0xFFFF, 0), (3, 0, 2)
+    assert notes(not_used, used) == ()
+    assert notes(used, clean) == ()
+    assert "($LogFile) is not replayed" in notes(used)[0]
+    assert "($LogFile) is not replayed" in notes(not_used, (9, 0, 0))[0]
