@@ -29,8 +29,8 @@ PLACE = struct.Struct("<QQ16xII")  # of a position: offset, xxh3, seq, packed
 IDENTITY = struct.Struct("<16x16s4xI")  # of a position: its BLAKE3, packed
 assert PLACE.size == IDENTITY.size == POSITION.itemsize
 
-_DIGEST_RECORDS = 1 << 16
-_DIGEST_REGIONS = 64  # resolved at a time where nobody waits: 16,384 chunks
+_MOST_REGIONS = 256  # resolved at a time: 65,536 chunks, or fewer where they have
+_MOST_RECORDS = 1 << 16
 
 # (the chain's number, seq, region) -> a region's positions; shared by all maps of a repository.
 RegionCache = LruCache[tuple[int, int, int], bytes]
@@ -82,7 +82,7 @@ class ChunkMap:
         self._base_seq = base.header.seq
         self._lineage = index.lineage(chain_no, seq)
         self._cache = cache
-        self._records = 0  # that the last look-up met: how much the digest takes at a time
+        self._records = 0  # that the last look-up met: how many regions are taken at a time
 
     def region(self, region: int) -> bytes:
         """Return the region's positions, REGION_CHUNKS times POSITION, from the cache if they are there.
@@ -136,6 +136,19 @@ class ChunkMap:
             yield region
             region += 1
 
+    def resolved(self, first: int, end: int) -> Iterator[tuple[int, Rows]]:
+        """Yield the positions of all regions in [first, end) that may hold data, in order, several regions at a time.
+
+        Yields:
+            The first region, and the positions of it and of those behind it.
+        """
+        region, count = next(self.occupied(first, end), end), 1
+        while region < end:
+            count = min(count, end - region)
+            yield region, self.positions(region, count)
+            region = next(self.occupied(region + count, end), end)
+            count = min(2 * count, _MOST_REGIONS) if self._records < _MOST_RECORDS else count // 2 or 1
+
     def digest(self, regions: int) -> tuple[int, int, int]:
         """Work the whole map's digest out: (lane 0, lane 1, chunks that hold data). Not for the read path.
 
@@ -143,14 +156,9 @@ class ChunkMap:
             regions: how many regions the disk has.
         """
         lane0 = lane1 = chunks = 0
-        region, count = next(self.occupied(0, regions), regions), 1
-        while region < regions:
-            count = min(count, regions - region)
-            positions = self.positions(region, count)
-            done, count = count, min(2 * count, _DIGEST_REGIONS) if self._records < _DIGEST_RECORDS else count // 2 or 1
+        for region, positions in self.resolved(0, regions):
             data = np.flatnonzero(positions["packed"])
             numbers = (data + region * REGION_CHUNKS).astype(np.uint64)
             a, b = map_digest(numbers, positions["id0"][data], positions["id1"][data])
             lane0, lane1, chunks = lane0 + a, lane1 + b, chunks + len(data)
-            region = next(self.occupied(region + done, regions), regions)
         return lane0, lane1, chunks

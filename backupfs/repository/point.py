@@ -44,7 +44,6 @@ _OPEN_LAYERS = 4096
 _MOST_AT_HAND = 1 << 16  # chunks of all images, some 300 bytes each: 4 GiB of disks
 _IMAGE_SHIFT = 52  # an image has fewer chunks than that many bits count
 _STEP = MiB  # that `readinto` gathers at a time
-_EXTENT_REGIONS = 32  # resolved at a time, where many are walked
 
 
 def disk_folder(root: str, vm: str, disk: str) -> str:
@@ -317,13 +316,9 @@ class PointImage:
         """
         span = REGION_CHUNKS * self._chunk_size
         position, last = offset // span * span, min(round_up(offset + length, span), self.size)
-        end = -(-last // span)
-        region, count = next(self.map.occupied(offset // span, end), end), 1
-        while region < end:
+        for region, positions in self.map.resolved(offset // span, -(-last // span)):
             if region * span > position:
                 yield Extent(position, region * span - position, True), -1
-            count = min(count, end - region)
-            positions = self.map.positions(region, count)
             seqs = np.where(positions["packed"] == 0, -1, positions["seq"].astype(np.int64))
             borders = (np.flatnonzero(seqs[1:] != seqs[:-1]) + 1).tolist()
             for first, behind in zip([0, *borders], [*borders, len(seqs)], strict=True):
@@ -331,8 +326,7 @@ class PointImage:
                 stop = min(region * span + behind * self._chunk_size, self.size)
                 if start < stop:
                     yield Extent(start, stop - start, bool(seqs[first] < 0)), int(seqs[first])
-            position = (region + count) * span
-            region, count = next(self.map.occupied(region + count, end), end), min(2 * count, _EXTENT_REGIONS)
+            position = region * span + len(positions) * self._chunk_size
         if position < last:
             yield Extent(position, last - position, True), -1
 
