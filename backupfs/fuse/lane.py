@@ -289,6 +289,10 @@ class Lane:
         file = self._files.get(handle)
         if file is None:
             self._hand_over(lambda: self._others.start_seek(unique, handle, offset, whence), unique)
+            return
+        found = file.seek_at_once(offset, whence)
+        if found is not None and file.held.condemned is None and not self._ending:
+            self.answer_seek(unique, found)
         else:
             self._workers.submit(file, Job(unique, kernel.LSEEK, offset, whence))
 

@@ -44,6 +44,13 @@ class _Window:
     starts: list[int]
     zero: list[bool]
 
+    def find(self, offset: int, whence: int) -> int | None:
+        """Return where data or a hole begins, None: not inside. `offset` is."""
+        for i in range(bisect_right(self.starts, offset) - 1, len(self.starts)):
+            if self.zero[i] == (whence == os.SEEK_HOLE):
+                return max(self.starts[i], offset)
+        return None
+
 
 class File:
     """A file handle that the lane answers for."""
@@ -78,13 +85,22 @@ class File:
         """Return where data or a hole begins. Raises as `image.seek`."""
         if self.writable is not None:
             return seek(self.image, offset, whence)  # nothing is remembered of what changes
-        first, end = self._data
-        if first <= offset < end and whence in (os.SEEK_DATA, os.SEEK_HOLE):
-            return end if whence == os.SEEK_HOLE else offset
-        found = self._seek(offset, whence)
-        if whence == os.SEEK_HOLE:
-            self._data = offset, found
+        found = self.seek_at_once(offset, whence)
+        if found is None:
+            found = self._seek(offset, whence)
+            if whence == os.SEEK_HOLE:
+                self._data = offset, found
         return found
+
+    def seek_at_once(self, offset: int, whence: int) -> int | None:
+        """Return the same if it is known, else None. Does not block: programs walk over thousands of pieces."""
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            return None
+        first, end = self._data
+        if first <= offset < end:
+            return end if whence == os.SEEK_HOLE else offset
+        known = self._known
+        return known.find(offset, whence) if known.begin <= offset < known.end else None
 
     def _seek(self, offset: int, whence: int) -> int:
         if not 0 <= offset < self.size or whence not in (os.SEEK_DATA, os.SEEK_HOLE):
@@ -93,9 +109,9 @@ class File:
             known = self._known
             if not known.begin <= offset < known.end:
                 known = self._known = self._look_at(offset, known)
-            for i in range(bisect_right(known.starts, offset) - 1, len(known.starts)):
-                if known.zero[i] == (whence == os.SEEK_HOLE):
-                    return max(known.starts[i], offset)
+            found = known.find(offset, whence)
+            if found is not None:
+                return found
             offset = known.end
         if whence == os.SEEK_DATA:
             raise OSError(errno.ENXIO, "no more data")

@@ -73,7 +73,7 @@ def test_seeks_from_anywhere(most: int) -> None:
     for seed in range(3):
         image = Pieces(seed, most)
         file, rng = File(1, Held(image)), random.Random(seed)
-        offset = 0
+        offset = at_once = 0
         for _ in range(300):
             whence = rng.choice((os.SEEK_DATA, os.SEEK_HOLE))
             # On from the last answer, as who walks does, or anywhere.
@@ -82,8 +82,13 @@ def test_seeks_from_anywhere(most: int) -> None:
                 expected: int | None = seek(image, offset, whence)
             except OSError:
                 expected = None
+            assert file.seek_at_once(offset, whence) in (None, expected)
             assert ask(file, offset, whence) == expected, (seed, offset, whence)
+            again = file.seek_at_once(offset, whence)
+            assert again in (None, expected)
+            at_once += again is not None
             offset = expected if expected is not None and expected < SIZE else rng.randrange(SIZE)
+        assert at_once > 20
 
 
 @pytest.mark.parametrize("most", [300, 30_000])
