@@ -105,7 +105,7 @@ class NtfsFileSystem:
             return ()
         return (
             "the NTFS was in use, and its log ($LogFile) is not replayed: what changed in the seconds before may be"
-            " missing, or wrong where files were removed or moved; Windows replays it",
+            " missing, or wrong where files were removed or moved; Windows and Linux' ntfs3 replay it",
         )
 
     @contextlib.contextmanager

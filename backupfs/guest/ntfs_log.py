@@ -1,4 +1,4 @@
-"""Whether an NTFS was in use: what its log, `$LogFile`, says of it. It is not replayed: nothing but Windows can.
+"""Whether an NTFS was in use: what its log, `$LogFile`, says of it. It is not replayed here.
 
 Source: Linux, fs/ntfs3/fslog.c (RESTART_HDR, RESTART_AREA); ntfs-3g, libntfs-3g/logfile.c (ntfs_is_logfile_clean).
 """
