@@ -150,7 +150,8 @@ def test_other_users(tmp_path: Path, options: tuple[str, ...]) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
 @pytest.mark.skipif(
-    not shutil.which("fusermount3") or not os.stat("/dev/fuse").st_mode & 0o006, reason="users may not use FUSE here"
+    not shutil.which("fusermount3") or not os.stat("/dev/fuse").st_mode & 0o006,
+    reason="users may not use FUSE here: chmod 666 /dev/fuse",
 )
 def test_a_user_mounts_and_unmounts(tmp_path: Path) -> None:
     let_in(tmp_path)

@@ -360,7 +360,8 @@ def test_where_the_kernel_cannot_do_it(place: Place, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(
-    not shutil.which("fusermount3") or not os.stat("/dev/fuse").st_mode & 0o006, reason="users may not use FUSE here"
+    not shutil.which("fusermount3") or not os.stat("/dev/fuse").st_mode & 0o006,
+    reason="users may not use FUSE here: chmod 666 /dev/fuse",
 )
 def test_a_user_reads_as_before(place: Place, tmp_path: Path) -> None:
     let_in(tmp_path)
