@@ -1,5 +1,6 @@
 """Files and names that are on the disk when a call returns."""
 
+import contextlib
 import errno
 import os
 import stat
@@ -15,12 +16,17 @@ def open_regular(path: str, flags: int = os.O_RDONLY) -> int:
 
 
 def write_new(path: str, data: bytes) -> None:
-    """Write a new file and put it on the disk."""
+    """Write a new file and put it on the disk. What can't be written whole is not there."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
 
 
 def rename_new(temporary: str, path: str) -> None:

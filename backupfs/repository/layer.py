@@ -43,6 +43,7 @@ _WRITEBACK = 8 * MiB
 _GROUPS = 64  # of rows, read at a time: 900 KiB
 _IOV_MAX = 512  # buffers per pwritev; Linux takes 1,024
 _COPY_ROWS = 16 * 1024  # rows per write of the table
+_SPOOL = ".rows"  # behind the layer's name, for the moment until it is open
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,17 +199,15 @@ class LayerWriter:
         self._spooled = 0
         self._fd = self._spool = self._raw = -1
         try:
-            self._fd, self._spool = _create(path), _create(path + ".rows")
+            self._fd, self._spool = _create(path), _create(path + _SPOOL)
             if self.raw_path:
                 self._raw = _create(self.raw_path)
                 os.ftruncate(self._raw, header.virtual_size)
-            os.unlink(path + ".rows")
+            os.unlink(path + _SPOOL)
             _pwrite_all(self._fd, [self._encoded], 0)
-        except BaseException as e:
-            self.close()
-            if isinstance(e, OSError):
-                raise _write_error(path, e) from e
-            raise
+        except OSError as e:
+            self.remove()
+            raise _write_error(path, e) from e
 
     def append(self, rows: Rows, payloads: Sequence[bytes | memoryview]) -> None:
         """Write the payloads and keep their rows, whose `offset` is counted from the first payload.
@@ -334,7 +333,7 @@ class LayerWriter:
     def remove(self) -> None:
         """Close and remove the temporary files, those that are there."""
         self.close()
-        for path in filter(None, (self.path, self.raw_path)):
+        for path in filter(None, (self.path, self.path + _SPOOL, self.raw_path)):
             with contextlib.suppress(OSError):  # published; or the next writer removes it
                 os.unlink(path)
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import blake3
 import numpy as np
 
+from backupfs import interrupts
 from backupfs.errors import Corrupt
 from backupfs.repository import codec
 from backupfs.repository.files import fsync_folder
@@ -82,8 +83,10 @@ def rewrite(layer: Layer, live: Flags, folder: str, chunk_size: int) -> bool:
     """
     edition = secrets.randbits(64) or 1
     temporary = os.path.join(folder, "tmp", f"{layer.header.layer_id.hex()}-{edition:016x}.layer")
-    writer = LayerWriter(temporary, replace(layer.header, edition=edition))
-    try:
+    with contextlib.ExitStack() as stack:
+        with interrupts.deferred():  # a file that is there has to be one that is removed
+            writer = LayerWriter(temporary, replace(layer.header, edition=edition))
+            stack.callback(writer.remove)
         try:
             copied = _copy(layer, live, writer)
         except Corrupt:
@@ -93,10 +96,6 @@ def rewrite(layer: Layer, live: Flags, folder: str, chunk_size: int) -> bool:
             return False
         os.rename(temporary, layer.path)
         fsync_folder(os.path.dirname(layer.path))
-    finally:
-        writer.close()
-        with contextlib.suppress(OSError):  # it has its name; or the next writer removes it
-            os.unlink(temporary)
     return True
 
 

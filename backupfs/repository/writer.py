@@ -15,7 +15,7 @@ import blake3
 import numpy as np
 import xxhash
 
-from backupfs import __version__
+from backupfs import __version__, interrupts
 from backupfs.errors import RepositoryError
 from backupfs.repository import codec, names
 from backupfs.repository.chunkmap import POSITION, ChunkMap
@@ -235,7 +235,7 @@ class PointWriter:
         self._repository_id = settings.id
         self._chunk_size = settings.chunk_size
         self._codec = codec.by_name(codec_name)
-        self._disks: list[DiskWriter] = []
+        self._layers: list[LayerWriter] = []
         self._entries: list[tuple[DiskEntry, LayerWriter]] = []
 
     def add_disk(self, disk: str, size: int, chain: str, parent: ChainEnd | None) -> DiskWriter:
@@ -261,19 +261,15 @@ class PointWriter:
             plain=parent is None and self._codec == codec.NONE,
         )
         temporary = os.path.join(self._root, "tmp", f"{header.layer_id.hex()}.layer")
-        layer = LayerWriter(temporary, header)
-        try:
-            writer = DiskWriter(layer, self._codec, parent)
-        except BaseException:
-            layer.close()
-            raise
-        self._disks.append(writer)
-        return writer
+        with interrupts.deferred():  # a file that is there has to be one that `abandon` knows of
+            layer = LayerWriter(temporary, header)
+            self._layers.append(layer)
+        return DiskWriter(layer, self._codec, parent)
 
     def drop_disk(self, writer: DiskWriter) -> None:
         """Give up a disk that was begun, as if it never had been."""
-        self._disks.remove(writer)
         writer.layer.remove()
+        self._layers.remove(writer.layer)
 
     def _next_seq(self, disk: str, chain: str, last: int) -> int:
         """Return a number that was never used in the chain: layers of a crash and of deleted points keep their own."""
@@ -383,5 +379,5 @@ class PointWriter:
 
     def abandon(self) -> None:
         """Remove what was written. After `publish` it does nothing."""
-        for writer in self._disks:
-            writer.layer.remove()
+        for layer in self._layers:
+            layer.remove()
