@@ -113,7 +113,11 @@ def gc(dry_run: bool, no_wait: bool, as_json: bool) -> None:
 @click.command(epilog="Example: backupfs -r /srv/backups reindex")
 @repository_option
 def reindex() -> None:
-    """Build the index again from manifests and layers. Loses nothing; mounts go on."""
+    """Build the index again from manifests and layers. Loses nothing; mounts go on.
+
+    Exits with 20 when points had to be left out: `verify --repair` is what may bring them back.
+    """
     with open_repository() as repository:
         count = repository.reindex()
-    click.echo(f"{count} points indexed")
+        click.echo(f"{count} points indexed")
+        repository.check_indexed()

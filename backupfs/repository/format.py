@@ -100,6 +100,16 @@ def mix64(words: Words) -> Words:
     return words
 
 
+def unmix64(words: Words) -> Words:
+    """Return what `mix64` made these words of."""
+    words = words ^ (words >> np.uint64(31)) ^ (words >> np.uint64(62))
+    words = words * np.uint64(pow(0x94D049BB133111EB, -1, 1 << 64))
+    words = words ^ (words >> np.uint64(27)) ^ (words >> np.uint64(54))
+    words = words * np.uint64(pow(0xBF58476D1CE4E5B9, -1, 1 << 64))
+    found: Words = words ^ (words >> np.uint64(30)) ^ (words >> np.uint64(60))
+    return found
+
+
 def checks(rows: Rows, seed: int | Words) -> Words:
     """Return a 64-bit check of each row or record: of all its bytes but its own check, and of `seed`, its address.
 
@@ -109,13 +119,22 @@ def checks(rows: Rows, seed: int | Words) -> Words:
 
     A numpy expression rather than xxh3, because whole regions are checked at once: 20 us for 2,000 records.
     """
+    return mix64(_sums(rows) + np.asarray(seed, np.uint64))
+
+
+def addresses(rows: Rows) -> Words:
+    """Return of each row, of type ROW, the address for which its check is right."""
+    return unmix64(rows["check"]) - _sums(rows)
+
+
+def _sums(rows: Rows) -> Words:
     words = np.ascontiguousarray(rows).view("<u8").reshape(len(rows), rows.dtype.itemsize // 8)
     if rows.dtype == RECORD:
         low = words[:, 5] & np.uint64(0xFFFFFFFF)  # the upper half of the last word is the check
-        sums = (words[:, :5] * _PRIMES[:5]).sum(axis=1, dtype=np.uint64) + low * _PRIMES[5]
+        sums: Words = (words[:, :5] * _PRIMES[:5]).sum(axis=1, dtype=np.uint64) + low * _PRIMES[5]
     else:
         sums = (words[:, :6] * _PRIMES).sum(axis=1, dtype=np.uint64)
-    return mix64(sums + np.asarray(seed, np.uint64))
+    return sums
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 
 from backupfs.errors import Corrupt, NotFound, RepositoryError, UsageError
-from backupfs.repository import catalog, codec, names
+from backupfs.repository import catalog, codec, kept, names
 from backupfs.repository.crashmark import fault_of
 from backupfs.repository.files import fsync_folder, write_new
 from backupfs.repository.format import DEFAULT_CHUNK, MAX_CHUNK, MIN_CHUNK, VERSION
@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 SETTINGS = "backupfs.json"
 _RESERVE = 64 << 20  # bytes that have to be free before a writer begins: the index must still fit after the layers
 
+# Points that can't be indexed, (vm, id), and why.
+LeftOut = dict[tuple[str, str], Exception]
+
 
 class Repository:
     """An open repository."""
@@ -41,6 +44,7 @@ class Repository:
         self._lock = threading.RLock()
         self._index: Index | None = None
         self._store: LayerStore | None = None
+        self._left_out: LeftOut = {}
 
     @staticmethod
     def init(path: str, *, chunk_size: int = DEFAULT_CHUNK, codec_name: str = "zstd") -> None:
@@ -191,7 +195,9 @@ class Repository:
             if chain_no is None:
                 # The point is newer than the index that was caught up with at its opening.
                 with contextlib.suppress(StaleIndex):
-                    self._catch_up(store.index, [(vm, point)])
+                    error = self._catch_up(store.index, [(vm, point)]).get((vm, point))
+                    if error is not None:
+                        raise self._unreadable({(vm, point): error}) from error
                 chain_no = self._chain_no(vm, entry)
                 if chain_no is None:
                     raise Corrupt(store.index.folder, 0, f"point {vm}/{point} can't be indexed; run backupfs reindex")
@@ -204,6 +210,15 @@ class Repository:
         if chain_no is None or index.layer_id(chain_no, entry.seq) != bytes.fromhex(entry.layer_id):
             return None
         return chain_no
+
+    def _unreadable(self, left_out: LeftOut) -> RepositoryError:
+        """Return what to tell of points that can't be indexed: another index would not have them either."""
+        (vm, point), error = next(iter(left_out.items()))
+        path, offset, what = catalog.manifest_path(self.path, vm, point), 0, str(error)
+        if isinstance(error, Corrupt):
+            path, offset, what = error.file, error.offset, error.what
+        named = ", ".join(f"{vm}/{point}" for vm, point in left_out)
+        return Corrupt(path, offset, f"{what}; it keeps {named} out of the index; run backupfs verify --repair")
 
     @property
     def store(self) -> LayerStore:
@@ -228,10 +243,12 @@ class Repository:
                 raise StaleIndex(f"a process that had it open died ({fault})")
             index = Index(folder, self.settings.id)
             try:
-                self._catch_up(index)
+                self._left_out = self._catch_up(index)
             except BaseException:
                 index.close()
                 raise
+            if not self._left_out:
+                kept.drop(folder)
         except (StaleIndex, Corrupt) as e:
             if isinstance(e, Corrupt) and not e.file.startswith(folder):
                 raise
@@ -240,27 +257,40 @@ class Repository:
         return index
 
     def _build_index(self, folder: str) -> Index:
-        """Build the index from nothing, beside the old one, and put it in its place. Under the index's lock."""
+        """Build the index from nothing, beside the old one, and put it in its place. Under the index's lock.
+
+        The old one is kept while it has what --repair may need: see kept.py.
+        """
         fresh = f"{folder}.new"
         for rest in (fresh, f"{fresh}.old"):  # of one that was killed
             shutil.rmtree(rest, ignore_errors=True)
         try:
             index = Index(fresh, self.settings.id, durable=False)
             try:
-                self._catch_up(index)
+                self._left_out = self._catch_up(index)
                 index.sync()
+                # A mount that has the old one open goes on with it: it is complete for what it shows.
+                kept.keep(folder, self.settings.id, index, self._whose_manifests_are_good(self._left_out))
             finally:
                 index.close()
-            # A mount that has the old one open goes on with it: it is complete for what it shows.
             if os.path.lexists(folder):
                 os.rename(folder, fresh + ".old")
             os.rename(fresh, folder)
+            if not self._left_out:
+                kept.drop(folder)
         except OSError as e:
             raise RepositoryError(f"{folder}: the index can't be built: {e.strerror}") from e
         finally:
             for rest in (fresh, fresh + ".old"):
                 shutil.rmtree(rest, ignore_errors=True)
         return Index(folder, self.settings.id)
+
+    def _whose_manifests_are_good(self, points: Iterable[tuple[str, str]]) -> list[Manifest]:
+        found = []
+        for vm, point in points:
+            with contextlib.suppress(RepositoryError):
+                found.append(self.manifest(vm, point))
+        return found
 
     def reindex(self) -> int:
         """Build the index again from manifests and layers. Returns the number of points in it.
@@ -270,6 +300,21 @@ class Repository:
         """
         with writer_lock(self.path, None):
             return self._reindex()
+
+    def check_indexed(self) -> None:
+        """Raise Corrupt if points could not be indexed when the index was opened or built."""
+        _ = self.store
+        if self._left_out:
+            raise self._unreadable(self._left_out)
+
+    @contextlib.contextmanager
+    def indexes(self) -> Iterator[list[Index]]:
+        """Yield the index, and those that were kept for what it may not have. Raises RepositoryError."""
+        with contextlib.ExitStack() as stack:
+            index = self.store.index
+            with index_lock(index.folder):
+                others = stack.enter_context(kept.opened(index.folder, self.settings.id))
+            yield [index, *others]
 
     def _reindex(self) -> int:
         with self._lock:
@@ -282,11 +327,12 @@ class Repository:
             )
             return len(self._index.points())
 
-    def _catch_up(self, index: Index, extra: list[tuple[str, str]] | None = None) -> None:
+    def _catch_up(self, index: Index, extra: list[tuple[str, str]] | None = None) -> LeftOut:
         """Index what was published since; forget what was taken away.
 
         A point that can't be indexed, damaged for one, is logged and left out: the others must stay readable.
         """
+        left_out: LeftOut = {}
         indexed = index.points()
         present = {(vm, point) for vm in catalog.vms(self.path) for point in catalog.points(self.path, vm)}
         wanted = sorted(present - indexed.keys(), key=lambda p: names.point_key(p[1]) or ("", 0))
@@ -300,6 +346,7 @@ class Repository:
                     raise
                 if os.path.lexists(catalog.manifest_path(self.path, vm, point)):  # else it was deleted meanwhile
                     log.error("point %s/%s can't be indexed: %s", vm, point, e)
+                    left_out[vm, point] = e
         gone = indexed.keys() - present
         if gone:
             try:
@@ -308,6 +355,7 @@ class Repository:
                 raise
             except RepositoryError as e:
                 log.warning("deleted points stay in the index for now: %s", e)  # a full disk; it does no harm
+        return left_out
 
     @contextlib.contextmanager
     def writer(self, waiting: Callable[[str], None] | None = None) -> Iterator["Writer"]:

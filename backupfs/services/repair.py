@@ -1,10 +1,7 @@
 """Putting right what `verify` found, from where the right bytes can be had; only what has the right BLAKE3 counts."""
 
-import contextlib
 import os
-import shlex
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import islice
 
 import blake3
@@ -13,16 +10,13 @@ import numpy as np
 from backupfs.errors import Corrupt, RepositoryError, SourceError
 from backupfs.image import Image
 from backupfs.repository import catalog, names
-from backupfs.repository.format import NO_LAYER, LayerHeader, LayerId
-from backupfs.repository.indexcheck import layer_records
-from backupfs.repository.layer import Layer, raw_path
-from backupfs.repository.manifest import DiskEntry
+from backupfs.repository.layer import Layer
 from backupfs.repository.mend import check_chunk, identity, mend, rows_like
-from backupfs.repository.plain import clear, image_records
-from backupfs.repository.point import disk_folder, layer_path
-from backupfs.repository.rebuild import rebuild
+from backupfs.repository.plain import clear
+from backupfs.repository.point import disk_folder
 from backupfs.repository.repository import Repository
-from backupfs.services.damage import BadRows, Damage, Report
+from backupfs.services.damage import BadRows, Report
+from backupfs.services.repair_layers import is_of_a_layer, open_indexes, rebuild_layer
 from backupfs.services.verify import verify
 from backupfs.sources import open_source
 
@@ -49,11 +43,11 @@ def repair(
         RepositoryError: it can't be written to.
         SourceError: a source can't be opened.
     """
-    if any(_is_of_a_layer(d) for d in report.damage):
+    if any(is_of_a_layer(d) for d in report.damage):
         # First: a delta's rows may be in the index, as long as nobody builds it again.
-        with repository.exclusive(waiting):
-            for damage in filter(_is_of_a_layer, report.damage):
-                _rebuild_layer(repository, damage)
+        with repository.exclusive(waiting), open_indexes(repository) as indexes:
+            for damage in filter(is_of_a_layer, report.damage):
+                rebuild_layer(repository, indexes, damage)
         _look_again(repository, report)
     for damage in report.damage:
         if damage.kind == "image":
@@ -70,90 +64,9 @@ def repair(
             _repair(repository, some, sources)
 
 
-def _is_of_a_layer(damage: Damage) -> bool:
-    return damage.kind in ("layer", "table") and damage.file.endswith(".layer")
-
-
-def _rebuild_layer(repository: Repository, damage: Damage) -> None:
-    """Put a layer's header, table and trailer right, if what can be had is enough for it."""
-    if not os.path.exists(damage.file):
-        damage.what += "; only a copy of the file can bring it back"
-        return
-    vm = damage.vm
-    found = [
-        e for e in _entries(repository, vm) if layer_path(repository.path, vm, e.name, e.chain, e.seq) == damage.file
-    ]
-    if not found:
-        damage.what += "; its point has no manifest any more, so nothing says what was there"
-        return
-    entry = found[0]
-    if entry.raw is not None and (path := raw_path(damage.file)) and not _is_as_long(path, entry.size):
-        # Whose bytes those are nobody knows: it may be another disk's image, so it is left to a person.
-        by_hand = f"`truncate -s {entry.size} {shlex.quote(path)}`, and --repair looks at the rest of it"
-        damage.what += f"; {by_hand if os.path.isfile(path) else 'only a copy of the file can bring it back'}"
-        return
-    header, records = _header_of(repository, vm, entry), None
-    chain_no = _chain_no(repository, vm, entry)
-    if entry.raw is not None:
-        records = partial(image_records, raw_path(damage.file), repository.settings.chunk_size)
-    elif chain_no is not None and entry.kind == "delta":
-        records = partial(layer_records, repository.store.index, chain_no, entry.seq)
-    if rebuild(repository.path, damage.file, header, entry, records):
-        damage.repaired = "the manifest, the index and the rest of the layer"
-    else:
-        damage.what += "; what is left of it is not enough to repair it"
-
-
-def _is_as_long(path: str, size: int) -> bool:
-    return os.path.isfile(path) and os.path.getsize(path) == size
-
-
-def _entries(repository: Repository, vm: str) -> Iterator[DiskEntry]:
-    for point in repository.points(vm):
-        with contextlib.suppress(RepositoryError):  # told by verify
-            yield from repository.manifest(vm, point).disks
-
-
-def _chain_no(repository: Repository, vm: str, entry: DiskEntry) -> int | None:
-    with contextlib.suppress(RepositoryError):
-        return repository.store.index.chain_no(vm, entry.name, entry.chain)
-    return None
-
-
-def _header_of(repository: Repository, vm: str, entry: DiskEntry) -> LayerHeader | None:
-    """Return what the header of a point's layer has to be, or None."""
-    parent: tuple[int, str] | None = (0, NO_LAYER.hex()) if entry.kind == "full" else None
-    if entry.parent is not None:
-        with contextlib.suppress(RepositoryError):
-            before = repository.manifest(vm, entry.parent).disk(entry.name)
-            parent = (before.seq, before.layer_id) if before else None
-    chain_no = _chain_no(repository, vm, entry)
-    if parent is None and chain_no is not None:  # the parent's point was deleted; its layer is there
-        with contextlib.suppress(RepositoryError):
-            index = repository.store.index
-            seq = index.layers(chain_no).get(entry.seq)
-            layer_id = index.layer_id(chain_no, seq) if seq is not None else None
-            parent = (seq, layer_id.hex()) if seq is not None and layer_id else None
-    if parent is None:
-        return None
-    return LayerHeader(
-        repository_id=bytes.fromhex(repository.settings.id),
-        layer_id=LayerId(bytes.fromhex(entry.layer_id)),
-        parent_id=LayerId(bytes.fromhex(parent[1])),
-        parent_seq=parent[0],
-        seq=entry.seq,
-        chunk_size=repository.settings.chunk_size,
-        virtual_size=entry.size,
-        vm=vm,
-        disk=entry.name,
-        chain=entry.chain,
-        plain=entry.raw is not None,
-    )
-
-
 def _look_again(repository: Repository, report: Report) -> None:
     """Verify what a layer that was damaged kept from being verified."""
-    repaired = [d for d in report.damage if _is_of_a_layer(d) and d.repaired]
+    repaired = [d for d in report.damage if is_of_a_layer(d) and d.repaired]
     for vm in {d.vm for d in repaired}:
         again = verify(repository, vm, None, report.sample, lambda *_: None)
         told = {d.file: d for d in report.damage if d.vm == vm}

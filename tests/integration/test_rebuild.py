@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from commands import backupfs
+from damaging import check, flip, kept, layer, overwrite, repaired
 from mounts import needs_fuse
 from repositories import add_point, read_point
 
@@ -15,10 +16,7 @@ from backupfs.extents import Extent
 from backupfs.repository.format import HEADER_SIZE, ROW
 from backupfs.repository.layer import Layer
 from backupfs.repository.repository import Repository
-from backupfs.services.damage import Damage, Report
 from backupfs.services.gc import gc
-from backupfs.services.repair import repair
-from backupfs.services.verify import verify
 from backupfs.units import KiB
 
 CHUNK = 4 * KiB
@@ -59,47 +57,10 @@ def repository(built: tuple[Path, list[bytes]], tmp_path: Path) -> Iterator[Repo
         yield opened
 
 
-def layer(repository: Repository, seq: int) -> Path:
-    return Path(repository.path) / "vms/web01/disks/vda/main" / f"{seq:06d}.layer"
-
-
-def overwrite(path: Path, offset: int, data: bytes) -> None:
-    path.chmod(0o600)
-    with open(path, "r+b") as file:
-        file.seek(offset)
-        file.write(data)
-    path.chmod(0o444)
-
-
-def flip(path: Path, offset: int) -> None:
-    with open(path, "rb") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-    overwrite(path, offset, bytes([byte ^ 0x40]))
-
-
-def check(repository: Repository) -> Report:
-    return verify(repository, None, None, 1, lambda *_: None)
-
-
-def repaired(repository: Repository) -> list[Damage]:
-    """Verify and repair; return the damage that was found."""
-    report = check(repository)
-    repair(repository, report, [], None)
-    found = list(report.all_damage(CHUNK))
-    assert found
-    return found
-
-
 def check_all(repository: Repository, states: list[bytes]) -> None:
     repository.store.close()  # drops what is open
     assert list(check(repository).all_damage(CHUNK)) == []
     assert [read_point(repository, p) for p in repository.points("web01")] == states
-
-
-def kept(repository: Repository) -> list[Path]:
-    folder = Path(repository.path) / "damaged"
-    return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 @pytest.mark.parametrize("seq", [0, 1, 2])
@@ -193,26 +154,99 @@ def test_what_can_not_be_proven_is_left(repository: Repository, built: tuple[Pat
     refused(1, "only a copy", [second, third])
     delta.write_bytes(whole[delta])
 
-    manifest = Path(repository.path) / "vms/web01/points" / f"{second}.json"
-    kept_manifest = manifest.read_bytes()
-    manifest.unlink()
-    flip(delta, 0)
-    (found,) = repaired(repository)
-    assert (found.repaired, found.points) == (None, [third])
-    assert "no manifest" in found.what
-    manifest.write_bytes(kept_manifest)
-    assert all(d.repaired for d in repaired(repository))
     check_all(repository, states)
 
 
 def test_an_index_that_was_built_after_the_damage(repository: Repository, built: tuple[Path, list[bytes]]) -> None:
-    path = layer(repository, 1)
+    """It keeps what was there before, until all points are indexed again; however often it is built."""
+    path, old = layer(repository, 1), Path(repository.path) / "index.kept"
     whole, table = path.read_bytes(), Layer(str(path)).trailer().table_offset
     overwrite(path, table, bytes(4 * KiB))
-    repository.reindex()
-    assert [(d.repaired, "not enough" in d.what) for d in repaired(repository)] == [(None, True)]
-    overwrite(path, table, whole[table : table + 4 * KiB])
+    assert not old.exists()
+    for _ in range(3):
+        assert repository.reindex() == 1
+        with pytest.raises(Corrupt, match=r"verify --repair"):
+            repository.check_indexed()
+        with pytest.raises(Corrupt, match=r"000001\.layer.*verify --repair"):
+            read_point(repository, repository.points("web01")[2])
+        assert [p.name for p in old.iterdir()] == ["1"]
+    assert all(d.repaired for d in repaired(repository))
+    assert path.read_bytes() == whole
     check_all(repository, built[1])
+    repository.close()
+    check_all(repository, built[1])
+    repository.check_indexed()
+    assert not old.exists()
+
+
+@pytest.mark.parametrize("what", ["gone", "damaged", "half"])
+def test_the_index_is_built_by_itself_after_the_damage(
+    repository: Repository, built: tuple[Path, list[bytes]], what: str
+) -> None:
+    """As one that was killed left it; from one that is damaged in part; or that can't be opened: of no use to keep."""
+    path, folder = layer(repository, 2), Path(repository.path) / "index"
+    whole, table = path.read_bytes(), Layer(str(path)).trailer().table_offset
+    _ = repository.store
+    repository.close()
+    overwrite(path, table, bytes(4 * KiB))
+    if what == "gone":
+        (folder.parent / "index.kept").mkdir()
+        folder.rename(folder.parent / "index.kept" / "1")
+    elif what == "damaged":
+        overwrite(folder / "data.mdb", 0, bytes(8 * KiB))
+    else:  # what it knows of another layer
+        data = (folder / "data.mdb").read_bytes()
+        layer_id = Layer(str(layer(repository, 1))).header.layer_id
+        overwrite(folder / "data.mdb", 0, data.replace(layer_id, bytes(16)))
+        repository.reindex()
+    assert read_point(repository, repository.points("web01")[0]) == built[1][0]
+    assert (folder.parent / "index.kept").exists() == (what != "damaged")
+    assert all(bool(d.repaired) == (what != "damaged") for d in repaired(repository))
+    if what == "damaged":
+        overwrite(path, table, whole[table : table + 4 * KiB])
+    assert path.read_bytes() == whole
+    check_all(repository, built[1])
+
+
+def test_a_second_loss_keeps_a_second_index(repository: Repository, built: tuple[Path, list[bytes]]) -> None:
+    """What was published after the first loss only the second index knows."""
+    states, old = list(built[1]), Path(repository.path) / "index.kept"
+    delta = layer(repository, 1)
+    whole = {delta: delta.read_bytes()}
+    overwrite(delta, Layer(str(delta)).trailer().table_offset, bytes(4 * KiB))
+    repository.reindex()
+    disk = bytearray(states[-1])
+    add_point(repository, bytes(disk), chain="weekly", full=True)
+    states.append(bytes(disk))
+    disk[: 300 * CHUNK] = random.Random(9).randbytes(300 * CHUNK)
+    add_point(repository, bytes(disk), chain="weekly")
+    states.append(bytes(disk))
+    other = delta.parent.parent / "weekly" / "000001.layer"
+    whole[other] = other.read_bytes()
+    overwrite(other, Layer(str(other)).trailer().table_offset, bytes(4 * KiB))
+    for _ in range(2):
+        repository.reindex()
+        assert sorted(p.name for p in old.iterdir()) == ["1", "2"]
+    assert all(d.repaired for d in repaired(repository))
+    assert {path: path.read_bytes() for path in whole} == whole
+    repository.close()
+    check_all(repository, states)
+    assert not old.exists()
+
+
+def test_reindex_says_what_it_left_out(repository: Repository) -> None:
+    first, second, third = repository.points("web01")
+    path = layer(repository, 1)
+    repository.close()
+    overwrite(path, Layer(str(path)).trailer().table_offset, bytes(4 * KiB))
+    repo = Path(repository.path)
+    said = backupfs(repo, "reindex", code=20)
+    assert f"web01/{second}, web01/{third}" in said
+    assert first not in said
+    assert "run backupfs verify --repair" in said
+    assert "backupfs reindex" not in said
+    assert all(d.repaired for d in repaired(repository))
+    assert backupfs(repo, "reindex") == "3 points indexed\n"
 
 
 def test_a_backup_keeps_the_index_that_a_repair_needs(repository: Repository, built: tuple[Path, list[bytes]]) -> None:

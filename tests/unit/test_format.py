@@ -122,6 +122,12 @@ def test_every_flipped_bit_of_a_row_is_found(dtype: np.dtype[np.void]) -> None:
         assert not np.any(format.checks(flipped, 77).astype(width) == flipped["check"])
 
 
+def test_the_address_follows_from_a_row_and_its_check() -> None:
+    rows = np.frombuffer(np.random.default_rng(5).bytes(1000 * format.ROW.itemsize), format.ROW).copy()
+    rows["check"] = format.checks(rows, 77)
+    assert set(format.addresses(rows).tolist()) == {77}
+
+
 def test_a_digest_follows_from_what_changes() -> None:
     rng = np.random.default_rng(2)
     numbers = np.arange(100, dtype=np.uint64)
