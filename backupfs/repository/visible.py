@@ -59,6 +59,8 @@ def lineages(
     entries: Mapping[int, tuple[str, DiskEntry]],
     parents: Mapping[str, DiskEntry],
     broken: Broken,
+    *,
+    open_layer: Callable[[str], Layer] = Layer,
 ) -> Iterator[Lineage]:
     """Follow the points of a chain back to its base. Mostly there is one lineage; a missing layer cuts it.
 
@@ -67,6 +69,7 @@ def lineages(
         parents: by point, every entry of this disk that is known: where a layer's header can't be read, its point's
             manifest tells what came before.
         broken: told of layers that are missing, or others than they should be; their points may be many.
+        open_layer: how a path becomes a layer.
     """
     left = dict(entries)
     by_seq = {entry.seq: entry for entry in parents.values() if entry.chain == chain.name}
@@ -80,7 +83,7 @@ def lineages(
             if seq in left and bytes.fromhex(left[seq][1].layer_id) == layer_id:
                 points[seq] = left.pop(seq)
             try:
-                layer = Layer(path)
+                layer = open_layer(path)
                 check_address(layer, repository_id, chain, seq, layer_id)
             except RepositoryError as e:
                 if isinstance(e.__cause__, OSError) and e.__cause__.errno in (errno.EMFILE, errno.ENFILE):

@@ -16,7 +16,7 @@ from backupfs.repository.plain import clear
 from backupfs.repository.point import disk_folder
 from backupfs.repository.repository import Repository
 from backupfs.services.damage import BadRows, Report
-from backupfs.services.repair_layers import is_of_a_layer, open_indexes, rebuild_layer
+from backupfs.services.repair_layers import is_of_a_layer, mend_layers_without_points, open_indexes, rebuild_layer
 from backupfs.services.verify import verify
 from backupfs.sources import open_source
 
@@ -48,6 +48,7 @@ def repair(
         with repository.exclusive(waiting), open_indexes(repository) as indexes:
             for damage in filter(is_of_a_layer, report.damage):
                 rebuild_layer(repository, indexes, damage)
+            mend_layers_without_points(repository, indexes, report)
         _look_again(repository, report)
     for damage in report.damage:
         if damage.kind == "image":

@@ -1,6 +1,7 @@
 """Putting right what `verify` found of layers' headers, tables and trailers: finds out what is known of them.
 
-How it is put together and proven is in repository/rebuild.py.
+How it is put together and proven is in repository/: rebuild.py for layers of points that are there, orphans.py for the
+others.
 """
 
 import contextlib
@@ -10,17 +11,20 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from backupfs.errors import RepositoryError
+from backupfs.repository import names
 from backupfs.repository.format import NO_LAYER, LayerHeader, LayerId
 from backupfs.repository.index import Index
 from backupfs.repository.indexcheck import layer_records
 from backupfs.repository.layer import raw_path
+from backupfs.repository.lost_header import Surroundings
 from backupfs.repository.manifest import DiskEntry
+from backupfs.repository.orphans import mend_orphans
 from backupfs.repository.plain import image_records
-from backupfs.repository.point import layer_path
+from backupfs.repository.point import Chain, layer_path
 from backupfs.repository.rebuild import rebuild
 from backupfs.repository.remains import Records
 from backupfs.repository.repository import Repository
-from backupfs.services.damage import Damage
+from backupfs.services.damage import Damage, Report
 
 
 def is_of_a_layer(damage: Damage) -> bool:
@@ -46,8 +50,7 @@ def rebuild_layer(repository: Repository, indexes: Sequence[Index], damage: Dama
         e for e in _entries(repository, vm) if layer_path(repository.path, vm, e.name, e.chain, e.seq) == damage.file
     ]
     if not found:
-        damage.what += "; its point has no manifest any more, so nothing says what was there"
-        return
+        return  # see `mend_layers_without_points`
     entry = found[0]
     if entry.raw is not None and (path := raw_path(damage.file)) and not _is_as_long(path, entry.size):
         # Whose bytes those are nobody knows: it may be another disk's image, so it is left to a person.
@@ -65,6 +68,41 @@ def rebuild_layer(repository: Repository, indexes: Sequence[Index], damage: Dama
         damage.repaired = "the manifest, the index and the rest of the layer"
     else:
         damage.what += "; what is left of it is not enough to repair it"
+
+
+def mend_layers_without_points(repository: Repository, indexes: Sequence[Index], report: Report) -> None:
+    """Put layers right whose points are gone, by the points that stand on them."""
+    left = [d for d in report.damage if is_of_a_layer(d) and not d.repaired and os.path.exists(d.file)]
+    for vm, disk, chain in sorted({(d.vm, d.disk or "", os.path.basename(os.path.dirname(d.file))) for d in left}):
+        known = {point: e for point, e in _entries_by_point(repository, vm) if e.name == disk}
+        entries = {e.seq: (point, e) for point, e in known.items() if e.chain == chain}
+        around = Surroundings(
+            chain=Chain(repository.path, vm, disk, chain, -1),
+            repository_id=bytes.fromhex(repository.settings.id),
+            chunk_size=repository.settings.chunk_size,
+            entries=entries,
+            known=known,
+            indexes=indexes,
+        )
+        mended = {orphan.path: orphan for orphan in mend_orphans(around)}
+        told = {d.file: d for d in left}
+        for path, orphan in mended.items():
+            if path not in told:  # another one kept verify from it
+                told[path] = Damage(
+                    kind="table",
+                    vm=vm,
+                    disk=disk,
+                    points=orphan.points,
+                    file=path,
+                    file_offset=orphan.fault.offset,
+                    what=orphan.fault.what,
+                )
+                report.damage.append(told[path])
+            told[path].repaired = "the points that stand on it, the index and the rest of the layer"
+        for damage in left:
+            seq = names.layer_seq(os.path.basename(damage.file))
+            if (damage.vm, damage.disk) == (vm, disk) and seq not in entries and not damage.repaired:
+                damage.what += "; its point is gone, and what is left of it is not enough to repair it"
 
 
 def _is_as_long(path: str, size: int) -> bool:
