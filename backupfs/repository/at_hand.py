@@ -1,84 +1,69 @@
 """Chunks of a point that can be read without looking anything up: each knows where its bytes are.
 
-`read` fills `into`, a list of one memoryview (what preadv takes), with the disk's bytes from `offset` on, if it can
-without waiting for a disk. It is the way of most reads: each call less is a percent. What is stored as it is comes out
-of the kernel's memory and counts only if it was checked, as asked afterwards (payloads.py). From one thread at a time.
+`read` fills `into`, a list of one memoryview, with the disk's bytes from `offset` on, if it can without waiting for a
+disk. It is the way of most reads: each call less is a percent. From one thread at a time.
 """
 
-import os
-import weakref
 from typing import Protocol
 
 from backupfs.repository.cache import LruCache
 from backupfs.repository.format import MAX_CHUNK
 from backupfs.repository.payloads import Payloads
+from backupfs.units import KiB
 
-_preadv, _NOWAIT = os.preadv, os.RWF_NOWAIT
 ZEROES = memoryview(bytes(MAX_CHUNK))
+_LARGEST = 128 * KiB  # that is read and checked while others wait: 25 us
 
-ChunkCache = LruCache[tuple[int, int, int, int], bytes]  # (the chain's number, seq, offset, xxh3) -> a decoded chunk
+# (the chain's number, seq, offset, xxh3) -> a decoded and checked chunk
+ChunkCache = LruCache[tuple[int, int, int, int], bytes | bytearray]
+OpenLayers = LruCache[tuple[int, int], Payloads]  # (the chain's number, seq) -> what is in the layer
 
 
 class AtHand(Protocol):
     """A chunk at hand."""
 
-    def read(self, offset: int, into: list[memoryview]) -> bool | None:
-        """See above; a range that ends behind the chunk is not read. Returns whether it did; None: it never will again.
-
-        If it did not the memory may hold anything.
-        """
+    def read(self, offset: int, into: list[memoryview]) -> bool:
+        """See above; a range that ends behind the chunk is not read. Returns whether it did."""
 
 
-class Stored:
-    """A chunk that is stored as it is. Its layer may be closed at any time, and then it is of no more use.
+class Cached:
+    """A chunk that is in the cache; or, if it is stored as it is, comes there out of the kernel's memory.
 
     Args:
-        at: its offset among the layer's payloads.
+        key: in the cache.
         first, end: where it begins and ends on the disk.
+        opened: where its layer may be, if it is stored as it is.
     """
 
-    __slots__ = ("_end", "_mark", "_payloads", "_place", "_shift")
+    __slots__ = ("_cache", "_end", "_first", "_key", "_opened")
 
-    def __init__(self, payloads: Payloads, at: int, xxh3: int, first: int, end: int) -> None:
-        self._payloads = weakref.ref(payloads)
-        self._place, self._mark = payloads.mark(at, xxh3)
-        self._shift = at - first
-        self._end = end
-
-    def read(self, offset: int, into: list[memoryview]) -> bool | None:
-        payloads = self._payloads()
-        if payloads is None:
-            return None
-        length = len(into[0])
-        if offset + length > self._end:
-            return False
-        marks = payloads.marks
-        forgotten = marks[-1]
-        try:
-            got = _preadv(payloads.fd, into, offset + self._shift, _NOWAIT)
-        except OSError:  # EAGAIN; EOPNOTSUPP of file systems that can't tell
-            return False
-        # If any chunk was read anew meanwhile, it may have been this one: bad when we got it, and found right since.
-        return got == length and marks[self._place] == self._mark and marks[-1] == forgotten
-
-
-class Decoded:
-    """A compressed chunk, as long as it is in the cache."""
-
-    __slots__ = ("_cache", "_first", "_key")
-
-    def __init__(self, cache: ChunkCache, key: tuple[int, int, int, int], first: int) -> None:
+    def __init__(
+        self, cache: ChunkCache, key: tuple[int, int, int, int], first: int, end: int, opened: OpenLayers | None
+    ) -> None:
         self._cache = cache
         self._key = key
-        self._first = first
+        self._first, self._end = first, end
+        self._opened = opened
 
     def read(self, offset: int, into: list[memoryview]) -> bool:
-        chunk = self._cache.get(self._key)
-        target, within = into[0], offset - self._first
-        if chunk is None or within + len(target) > len(chunk):
+        chunk, target = self._cache.get(self._key) or self._bring(), into[0]
+        end = offset + len(target)
+        if chunk is None or end > self._end:
             return False
-        target[:] = memoryview(chunk)[within : within + len(target)]
+        target[:] = memoryview(chunk)[offset - self._first : end - self._first]
         return True
+
+    def _bring(self) -> bytearray | None:
+        if self._opened is None:
+            return None
+        chain_no, seq, at, xxh3 = self._key
+        payloads = self._opened.get((chain_no, seq))
+        if payloads is None or payloads.chunk_size > _LARGEST:
+            return None
+        chunk = payloads.chunk_in_memory(at, xxh3)
+        if chunk is not None:
+            self._cache.put(self._key, chunk, len(chunk))
+        return chunk
 
 
 class Zero:

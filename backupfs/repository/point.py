@@ -1,16 +1,13 @@
 """PointImage: one disk at one point, put together on the fly from the layers of its chain. From any thread.
 
-A read costs, per chunk: one look-up of the chunk's position (chunkmap.py), and one pread of what is wanted; or, when
-the chunk is compressed and not in the cache, or read for the first time, of all of it, with decoding and the xxh3 check
-(payloads.py). No step depends on the length of the chain.
+A read costs, per chunk: one look-up of the chunk's position (chunkmap.py), and, when it is not in the cache, one pread
+of all of it, with decoding and the xxh3 check (payloads.py). No step depends on the length of the chain.
 """
 
 import contextlib
 import itertools
 import logging
 import os
-import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,11 +16,12 @@ import numpy as np
 from backupfs.errors import Corrupt, RepositoryError
 from backupfs.extents import Extent, clip, coalesce
 from backupfs.image import Buffer, check_range
-from backupfs.repository import names
-from backupfs.repository.at_hand import ZEROES, AtHand, ChunkCache, Decoded, Stored, Zero
+from backupfs.repository import codec, names
+from backupfs.repository.at_hand import ZEROES, AtHand, Cached, ChunkCache, OpenLayers, Zero
 from backupfs.repository.cache import LruCache
 from backupfs.repository.chunkmap import PLACE, ChunkMap, RegionCache
 from backupfs.repository.format import (
+    CODEC_SHIFT,
     REGION_CHUNKS,
     LayerId,
     format_digest,
@@ -81,9 +79,7 @@ class LayerStore:
         self.scratch = Scratch()
         self._repository_id = repository_id
         # A quarter of the descriptors that the process may have; the mount raises its limit first.
-        self.opened: LruCache[tuple[int, int], Payloads] = LruCache(min(_OPEN_LAYERS, os.sysconf("SC_OPEN_MAX") // 4))
-        self._registering = threading.Lock()
-        self._registered: weakref.WeakValueDictionary[tuple[int, int], Payloads] = weakref.WeakValueDictionary()
+        self.opened: OpenLayers = LruCache(min(_OPEN_LAYERS, os.sysconf("SC_OPEN_MAX") // 4))
 
     def payloads(self, chain: Chain, seq: int) -> Payloads:
         """Return what an open layer stores; it is the layer in the index.
@@ -97,16 +93,8 @@ class LayerStore:
             path = layer_path(chain.root, chain.vm, chain.disk, chain.name, seq)
             layer = Layer(path)
             check_address(layer, self._repository_id, chain, seq, self.index.layer_id(chain.no, seq))
-            held = self._register((chain.no, seq), layer)
-        return held
-
-    def _register(self, key: tuple[int, int], layer: Layer) -> Payloads:
-        with self._registering:
-            held = self.opened.get(key)
-            if held is None:  # no other thread was faster
-                # A thread may still read through one that was dropped: what it brings into memory concerns both.
-                held = self._registered[key] = Payloads(layer, self.chunk_size, self._registered.get(key))
-                self.opened.put(key, held, 1)
+            held = Payloads(layer, self.chunk_size)
+            self.opened.put((chain.no, seq), held, 1)
         return held
 
     def layer(self, chain: Chain, seq: int) -> Layer:
@@ -177,13 +165,7 @@ class PointImage:
     def at_once(self, offset: int, into: list[memoryview]) -> bool:
         chunk_no = offset // self._chunk_size
         chunk = self._at_hand.get(self._first_key + chunk_no) or self._find(chunk_no)
-        if chunk is None:
-            return False
-        done = chunk.read(offset, into)
-        if done is None:
-            self._at_hand.pop(self._first_key + chunk_no, None)
-            return False
-        return done
+        return chunk is not None and chunk.read(offset, into)
 
     def _find(self, chunk_no: int) -> AtHand | None:
         """Return a chunk if its place is known, and keep it at hand."""
@@ -197,12 +179,9 @@ class PointImage:
         found: AtHand
         if not packed:
             found = Zero(end)
-        elif (payloads := store.opened.get((chain_no, seq))) is None:
-            return None
-        elif packed == payloads.whole:
-            found = Stored(payloads, at, xxh3, first, end)
         else:
-            found = Decoded(store.chunks, (chain_no, seq, at, xxh3), first)
+            opened = store.opened if packed >> CODEC_SHIFT == codec.NONE else None
+            found = Cached(store.chunks, (chain_no, seq, at, xxh3), first, end, opened)
         if len(self._at_hand) >= _MOST_AT_HAND:
             self._at_hand.clear()
         self._at_hand[self._first_key + chunk_no] = found
@@ -294,10 +273,8 @@ class PointImage:
             pieces.append(run.read(memory))
         return pieces
 
-    def _chunk(self, payloads: Payloads, seq: int, at: int, xxh3: int, packed: int) -> bytes:
-        """Return a decoded chunk. What was stored as it is leaves to the page cache what is kept of it."""
-        if packed == payloads.whole:
-            return payloads.chunk(at, xxh3, packed)
+    def _chunk(self, payloads: Payloads, seq: int, at: int, xxh3: int, packed: int) -> bytes | bytearray:
+        """Return a decoded chunk."""
         key = (self._chain.no, seq, at, xxh3)
         held = self._store.chunks.get(key)
         if held is None:

@@ -87,7 +87,7 @@ class Repository:
 
         Args:
             path: its folder.
-            chunk_cache: bytes of decompressed chunks to keep, for those who read in small parts.
+            chunk_cache: bytes of decoded chunks to keep, for those who read in small parts.
 
         Raises:
             UsageError: its path is not UTF-8.

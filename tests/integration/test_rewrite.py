@@ -262,21 +262,6 @@ def test_readers_do_not_notice(disk: Disk, monkeypatch: pytest.MonkeyPatch, open
     assert moved or opened > 1
 
 
-def test_a_chunk_that_moved_by_a_block_counts_as_unchecked(disk: Disk) -> None:
-    """Else a part of it would be read from where it was, unchecked, because it was found right where it is."""
-    layer = disk.layers()[0]
-    rows = next(layer.rows())
-    row = rows[rows["codec"] == 1][0]
-    offset, xxh3 = int(row["offset"]), int(row["xxh3"])
-    payloads = Payloads(layer, CHUNK)
-    payloads.chunk(offset, xxh3, payloads.whole)
-    place, mark = payloads.mark(offset, xxh3)
-    assert payloads.marks[place] == mark
-    slot = offset // CHUNK * CHUNK
-    for at in range(slot, slot + CHUNK, 4096):
-        assert (payloads.mark(at, xxh3) == (place, mark)) == (at == offset)
-
-
 def test_a_damaged_chunk_stays_where_it_is(disk: Disk) -> None:
     """It is not copied, so that verify --repair finds it, and what was there before it."""
     entry = disk.repository.manifest(VM, max(disk.points)).disks[0]

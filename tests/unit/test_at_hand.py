@@ -1,7 +1,5 @@
 """What is read without looking anything up: right bytes or none, whatever happened since it was looked up."""
 
-import gc
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +9,9 @@ from repositories import add_point
 
 from backupfs.errors import Corrupt
 from backupfs.repository import point as point_module
-from backupfs.repository.payloads import Payloads
 from backupfs.repository.point import PointImage
 from backupfs.repository.repository import Repository
-from backupfs.units import KiB
+from backupfs.units import KiB, MiB
 
 CHUNK = 64 * KiB
 SIZE = 8 * CHUNK
@@ -80,10 +77,16 @@ def test_chunks_that_left_the_cache_or_whose_layer_was_closed(image: PointImage,
             read(image, offset)
             assert at_once(image, offset) == disk[offset : offset + 4096]
         image._store.opened.clear()
+        assert at_once(image, 0) == disk[:4096], "it is in the cache"
         image._store.chunks.clear()
-        gc.collect()
         assert at_once(image, 0) is None
         assert at_once(image, 6 * CHUNK) == bytes(4096)
+
+
+def test_what_is_stored_as_it_is_comes_out_of_the_kernels_memory(stored: PointImage, disk: bytes) -> None:
+    assert read(stored, 0) == disk[:4096]
+    for offset in range(0, SIZE, 4096):
+        assert at_once(stored, offset) == disk[offset : offset + 4096]
 
 
 def test_memory_is_bounded_for_all_images(image: PointImage, disk: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,22 +112,33 @@ def test_two_images_do_not_see_each_others_chunks(tmp_path: Path) -> None:
             image.close()
 
 
-def test_who_reads_a_layer_that_was_opened_again_concerns_those_who_read_it_before(
-    stored: PointImage, disk: bytes, tmp_path: Path
-) -> None:
-    store, chain = stored._store, stored._chain
-    assert read(stored, 0) == disk[:4096]
+def test_what_the_kernel_has_in_memory_is_checked_each_time(stored: PointImage, disk: bytes, tmp_path: Path) -> None:
+    """A part of a checked chunk may be gone bad: it left the memory, and somebody had it read from the disk again."""
+    store = stored._store
+    assert read(stored, 0, SIZE) == disk
     assert at_once(stored, 0) == disk[:4096]
-    before = store.payloads(chain, 0)  # as a thread that is still in it would hold it
-    store.opened.clear()
-    again = store.payloads(chain, 0)
-    assert again is not before
-    assert at_once(stored, 0) == disk[:4096], "it is the same file, and was checked"
-    damage(tmp_path, disk[:4096])
+    damage(tmp_path, disk[:512])
+    assert at_once(stored, 4096) == disk[4096:8192], "we have the whole chunk, and it is right"
+    store.chunks.clear()
+    for offset in (0, 4096, CHUNK - 512):
+        assert at_once(stored, offset, 512) is None
+        with pytest.raises(Corrupt, match="checksum"):
+            read(stored, offset, 512)
     with pytest.raises(Corrupt, match="checksum"):
-        stored._chunk(again, 0, *_row(stored))
-    assert at_once(stored, 0) is None, "bad, and in memory"
-    assert before.marks is again.marks
+        read(stored, 0, SIZE)
+    assert read(stored, CHUNK, 5 * CHUNK) == disk[CHUNK : 6 * CHUNK]
+
+
+def test_large_chunks_hold_nobody_up(tmp_path: Path) -> None:
+    disk = random.Random(3).randbytes(MiB)
+    Repository.init(str(tmp_path / "repo"), codec_name="none", chunk_size=MiB)
+    with Repository.open(str(tmp_path / "repo")) as repository:
+        image = repository.open_image("web01", add_point(repository, disk, step=MiB).id, "vda")
+        assert read(image, 0) == disk[:4096]
+        assert at_once(image, 4096) == disk[4096:8192]
+        image._store.chunks.clear()
+        assert at_once(image, 4096) is None
+        image.close()
 
 
 def damage(tmp_path: Path, old: bytes) -> None:
@@ -134,37 +148,3 @@ def damage(tmp_path: Path, old: bytes) -> None:
     with file.open("r+b", buffering=0) as damaged:
         damaged.seek(file.read_bytes().index(old))
         damaged.write(b"\xff" * len(old))
-        os.fsync(damaged.fileno())
-
-
-def test_several_chunks_are_checked_again_once_one_of_them_was_read_from_the_disk(
-    stored: PointImage, disk: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checks: list[int] = []
-    check = Payloads.check
-    monkeypatch.setattr(Payloads, "check", lambda self, *args: checks.append(args[1]) or check(self, *args))
-    for _ in range(2):
-        assert read(stored, 0, SIZE) == disk
-        assert len(checks) == 6, "each once, as long as they stay in memory"
-    damage(tmp_path, disk[2 * CHUNK : 2 * CHUNK + 512])
-    with pytest.raises(Corrupt, match="checksum"):
-        read(stored, 2 * CHUNK)  # a chunk by itself comes from the disk again, and is checked
-    for _ in range(2):
-        with pytest.raises(Corrupt, match="checksum"):
-            read(stored, 0, SIZE)
-        assert read(stored, 3 * CHUNK, 3 * CHUNK) == disk[3 * CHUNK : 6 * CHUNK]
-
-
-def test_chunks_that_left_the_memory_are_checked_again(stored: PointImage, disk: bytes, tmp_path: Path) -> None:
-    assert read(stored, 0, SIZE) == disk
-    (file,) = tmp_path.rglob("*.raw")
-    damage(tmp_path, disk[4 * CHUNK : 4 * CHUNK + 512])
-    with file.open("rb") as cached:
-        os.posix_fadvise(cached.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    with pytest.raises(Corrupt, match="checksum"):
-        read(stored, 0, SIZE)
-
-
-def _row(image: PointImage) -> tuple[int, int, int]:
-    at, xxh3, _, packed = point_module.PLACE.unpack_from(image.map.region(0), 0)
-    return at, xxh3, packed
