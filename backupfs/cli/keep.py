@@ -70,7 +70,7 @@ def prune(
         yearly=keep_yearly,
         within=parse_duration(keep_within) if keep_within is not None else None,
     )
-    checked = names.check_name(vm, "VM") if vm else None
+    checked = names.check_name(vm, "VM") if vm is not None else None  # "" must not mean all: prune "$VM"
     with open_repository() as repository:
         verdicts = pruning.prune(repository, checked, rules, dry_run=dry_run, waiting=None if no_wait else tell)
     if as_json:

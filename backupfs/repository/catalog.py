@@ -1,5 +1,6 @@
 """What lies in a repository's folder: names of VMs, chains and points, and where each thing is. Reads folders only."""
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -17,11 +18,17 @@ from backupfs.repository.point import Chain, check_address, disk_folder, layer_p
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "glusterfs", "lustre", "afs", "virtiofs"}
 
 
+# What a disk, or a file system that is damaged, says; EINVAL: `open_regular` found no file. Not what a person has to
+# put right, as EACCES.
+_DAMAGED = {errno.EIO, errno.ENODATA, errno.EUCLEAN, errno.EBADMSG, errno.EINVAL, errno.EISDIR}
+
+
 def read_file(path: str, missing: str) -> bytes:
     """Return a small file's bytes.
 
     Raises:
         NotFound: there is none; `missing` is the message.
+        Corrupt: the disk can't read it, or it is no file.
         RepositoryError: it can't be read.
     """
     try:
@@ -30,6 +37,8 @@ def read_file(path: str, missing: str) -> bytes:
     except (FileNotFoundError, NotADirectoryError) as e:
         raise NotFound(missing) from e
     except OSError as e:
+        if e.errno in _DAMAGED:
+            raise Corrupt(path, 0, f"can't be read: {e.strerror}") from e
         raise RepositoryError(f"{path}: {e.strerror}") from e
 
 

@@ -399,7 +399,10 @@ class Writer:
         try:
             return {disk: self._chain_end(vm, disk, chain) for disk in disks}
         except Corrupt as e:
-            # What is compared with a wrong map would make a wrong point, for ever.
+            # What is compared with a wrong map would make a wrong point, for ever. But where a layer is damaged another
+            # index helps nobody, and the old one may be all that is left of another layer's rows: see rebuild.py.
+            if not e.file.startswith(catalog.index_folder(self._repository.path, self._repository.settings.id)):
+                raise
             log.warning("%s: building the index again", e)
             self._repository._reindex()
             return {disk: self._chain_end(vm, disk, chain) for disk in disks}

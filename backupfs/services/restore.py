@@ -101,6 +101,9 @@ def _to_path(request: RestoreRequest, image: PointImage, done: Restored, progres
     except FileNotFoundError:
         if request.differential:
             raise UsageError(f"{request.target} is not there: --differential is for a target that is") from None
+        if path.startswith("/dev/") and not path.startswith("/dev/shm/"):  # noqa: S108
+            # A new file there would fill the memory, and the device is what was meant.
+            raise UsageError(f"{request.target}: there is no such device") from None
         _to_new_file(request, path, image, done, progress)
         return
     except OSError as e:
@@ -235,7 +238,7 @@ def _telling(partial: str) -> Iterator[None]:
 
 def _open_new_raw(partial: str, size: int) -> tuple[Target, bool]:
     """Return the target, and whether an earlier restore left something there."""
-    _drop_linked(partial)
+    _drop_strange(partial)
     if os.path.lexists(partial):
         return files.open_file(partial, size), True
     return files.make_file(partial, size), False
@@ -244,7 +247,7 @@ def _open_new_raw(partial: str, size: int) -> tuple[Target, bool]:
 def _open_new_qcow2(partial: str, size: int) -> tuple[Target, bool]:
     from backupfs.sources import export_target as exports  # noqa: PLC0415, libnbd is not needed for raw
 
-    _drop_linked(partial)
+    _drop_strange(partial)
     if os.path.lexists(partial):
         # What a power cut left may have tables that give the same cluster away twice.
         if _looks_like_qcow2(partial) and exports.is_sound_qcow2(partial):
@@ -259,13 +262,20 @@ def _open_new_qcow2(partial: str, size: int) -> tuple[Target, bool]:
     return exports.open_qcow2(partial), False
 
 
-def _drop_linked(partial: str) -> None:
-    """Give the name up if the file has another one. A restore that was killed as it named its file leaves both,
-    and going on in it would be writing into the complete disk.
+def _drop_strange(partial: str) -> None:
+    """Give the name up if the file is not what a restore leaves.
+
+    One that was killed as it named its file leaves two names, and going on in it would be writing into the complete
+    disk. In a folder like /tmp somebody else may have made it, to read the disk, or to change it afterwards.
     """
     with contextlib.suppress(FileNotFoundError):
-        if os.lstat(partial).st_nlink > 1:
-            os.unlink(partial)
+        found = os.lstat(partial)
+        private = found.st_uid == os.geteuid() and not found.st_mode & 0o077
+        if stat.S_ISREG(found.st_mode) and (found.st_nlink > 1 or not private):
+            try:
+                os.unlink(partial)
+            except PermissionError as e:
+                raise TargetError(f"{partial}: somebody else's file is in the way: {e.strerror}") from e
 
 
 def _check_partial(partial: str) -> None:

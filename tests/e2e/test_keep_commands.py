@@ -50,6 +50,8 @@ def test_prune(repo: Path) -> None:
     assert "not a duration" in backupfs(repo, "prune", "--keep-within", "soon", code=2)
     backupfs(repo, "prune", "--keep-last", "0", code=2)
     backupfs(repo, "prune", "nobody", "--keep-last", "1", code=10)
+    assert "not a name" in backupfs(repo, "prune", "", "--keep-last", "1", code=2)  # "$VM" of a script
+    assert ids(repo) == before
     rules = ["--keep-last", "2", "--keep-weekly", "2", "--keep-within", "3d"]
     table = backupfs(repo, "prune", "web01", *rules, "--dry-run").splitlines()
     assert len(table) == 11

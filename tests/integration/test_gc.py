@@ -15,11 +15,12 @@ from repositories import MOMENT, add_point, read_point
 from backupfs.errors import BackupfsError, Corrupt, Locked, NotFound, RepositoryError
 from backupfs.extents import Extent
 from backupfs.image import Buffer
-from backupfs.repository import locks, manifest, repository, space
+from backupfs.repository import catalog, locks, manifest, repository, space
 from backupfs.repository.repository import Repository
 from backupfs.services.gc import GcReport, freed_by_deleting, gc
 from backupfs.services.ingest import DiskBackup
-from backupfs.services.prune import delete
+from backupfs.services.prune import delete, prune
+from backupfs.services.retention import KeepRules
 from backupfs.units import MiB
 
 CHUNK = 4096
@@ -252,9 +253,28 @@ def test_gc_refuses_when_something_is_damaged(disk: Disk, what: str) -> None:
     assert disk.layer(4).exists()
 
 
-def test_a_damaged_manifest_can_be_deleted(disk: Disk) -> None:
+@pytest.mark.parametrize("what", ["flipped", "fifo", "sector"])
+def test_a_damaged_manifest_can_be_deleted(disk: Disk, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = list(disk.points)
-    damage(disk.path / "vms" / VM / "points" / f"{ids[2]}.json", 100)
+    path = disk.path / "vms" / VM / "points" / f"{ids[2]}.json"
+    if what == "flipped":
+        damage(path, 100)
+    elif what == "fifo":
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        opened = catalog.open_regular
+
+        def bad(name: str) -> int:
+            if name == str(path):
+                raise OSError(errno.EIO, os.strerror(errno.EIO), name)
+            return opened(name)
+
+        monkeypatch.setattr(catalog, "open_regular", bad)
+    with pytest.raises(Corrupt):
+        gc(disk.repository)
+    verdicts = prune(disk.repository, VM, KeepRules(last=1), dry_run=True)
+    assert [v.rules for v in verdicts if v.id == ids[2]] == [["damaged"]]
     disk.delete(ids[2])
     gc(disk.repository)
     disk.check()

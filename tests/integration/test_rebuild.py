@@ -10,7 +10,7 @@ from commands import backupfs
 from mounts import needs_fuse
 from repositories import add_point, read_point
 
-from backupfs.errors import RepositoryError
+from backupfs.errors import Corrupt, RepositoryError
 from backupfs.extents import Extent
 from backupfs.repository.format import HEADER_SIZE, ROW
 from backupfs.repository.layer import Layer
@@ -212,6 +212,20 @@ def test_an_index_that_was_built_after_the_damage(repository: Repository, built:
     repository.reindex()
     assert [(d.repaired, "not enough" in d.what) for d in repaired(repository)] == [(None, True)]
     overwrite(path, table, whole[table : table + 4 * KiB])
+    check_all(repository, built[1])
+
+
+def test_a_backup_keeps_the_index_that_a_repair_needs(repository: Repository, built: tuple[Path, list[bytes]]) -> None:
+    """A base with a damaged row, which another index does not help, and a delta whose rows are in the index alone."""
+    base, delta = layer(repository, 0), layer(repository, 1)
+    whole = {path: path.read_bytes() for path in (base, delta)}
+    flip(base, Layer(str(base)).trailer().table_offset + 24)
+    overwrite(delta, Layer(str(delta)).trailer().table_offset, bytes(4 * KiB))
+    repository.store.close()
+    with pytest.raises(Corrupt):
+        add_point(repository, built[1][-1])
+    assert all(d.repaired for d in repaired(repository))
+    assert {path: path.read_bytes() for path in whole} == whole
     check_all(repository, built[1])
 
 

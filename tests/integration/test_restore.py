@@ -297,6 +297,7 @@ def test_a_file_that_got_another_name_while_it_was_locked(
     second = repository.points("web01")[1]
     target, partial = tmp_path / "disk.raw", tmp_path / f"disk.raw{PARTIAL}"
     partial.write_bytes(FIRST)
+    partial.chmod(0o600)
     lock = files.lock
 
     def lock_late(fd: int, path: str) -> None:
@@ -439,3 +440,33 @@ def test_a_small_disk_and_an_empty_one(tmp_path: Path) -> None:
             restore(repository, point.id, target, force=True)
             assert target.read_bytes() == data
     assert set(os.listdir(tmp_path)) == {"repo", "disk.raw"}
+
+
+def test_a_device_that_is_not_there_is_not_made_as_a_file(repository: Repository) -> None:
+    with pytest.raises(UsageError, match="no such device"):
+        restore(repository, repository.points("web01")[0], "/dev/backupfs-nobody-has-this")
+    assert not os.path.lexists("/dev/backupfs-nobody-has-this" + PARTIAL)
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+@pytest.mark.parametrize("theirs", ["mode", "owner"])
+def test_a_partial_that_others_can_open_is_not_gone_on_with(
+    repository: Repository, tmp_path: Path, theirs: str, image_format: Literal["raw", "qcow2"]
+) -> None:
+    target, partial = tmp_path / "new", tmp_path / f"new{PARTIAL}"
+    if image_format == "qcow2":
+        run("qemu-img", "create", "-q", "-f", "qcow2", partial, str(SIZE))
+    else:
+        partial.touch()
+    if theirs == "mode":
+        partial.chmod(0o666)
+    elif os.geteuid():
+        pytest.skip("only root can give a file away")
+    else:
+        partial.chmod(0o600)
+        os.chown(partial, 65534, 65534)
+    with partial.open("rb") as held:
+        done = restore(repository, repository.points("web01")[0], target, image_format=image_format)
+        assert not done.resumed
+        assert os.fstat(held.fileno()).st_ino != target.stat().st_ino
+    assert (target.stat().st_uid, target.stat().st_mode & 0o777) == (os.geteuid(), 0o600)
