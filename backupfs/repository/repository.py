@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 
-from backupfs.errors import Corrupt, NotFound, RepositoryError, UsageError
+from backupfs.errors import Corrupt, Missing, NotFound, RepositoryError, UsageError
 from backupfs.repository import catalog, codec, names
 from backupfs.repository.crashmark import fault_of
 from backupfs.repository.files import fsync_folder, write_new
@@ -167,15 +167,23 @@ class Repository:
         """Return a disk at a point as an Image.
 
         Raises:
-            NotFound: no such point or disk, or a layer of its chain is missing.
-            Corrupt: the manifest, the index or the chain's base is damaged.
+            NotFound: no such point or disk.
+            Corrupt: the manifest, the index or the chain's base is damaged, or the layer is missing.
         """
         entry = self._entry(vm, point, disk)
-        image = self._image(vm, point, entry)
+        try:
+            image = self._image(vm, point, entry)
+        except Missing:
+            self._check_there(vm, point, entry)  # else it was deleted meanwhile, and gc was there
+            raise
         # It pins what it sees only now. If the point was taken away before that, gc may be at work.
-        if self._entry(vm, point, disk).layer_id != entry.layer_id:
-            raise NotFound(f"point {vm}/{point} was deleted, and another made under its id")
+        self._check_there(vm, point, entry)
         return image
+
+    def _check_there(self, vm: str, point: str, entry: DiskEntry) -> None:
+        """Raise NotFound unless the point is there, and still the one that `entry` is of."""
+        if self._entry(vm, point, entry.name).layer_id != entry.layer_id:
+            raise NotFound(f"point {vm}/{point} was deleted, and another made under its id")
 
     def _entry(self, vm: str, point: str, disk: str) -> DiskEntry:
         entry = self.manifest(vm, point).disk(disk)

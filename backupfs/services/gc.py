@@ -111,7 +111,7 @@ def gc(repository: Repository, *, dry_run: bool = False, waiting: Callable[[str]
 
     Raises:
         Locked: another process writes to the repository.
-        Corrupt, NotFound, UnsupportedFormat: something is damaged or missing; nothing was freed.
+        Corrupt, UnsupportedFormat: something is damaged or missing; nothing was freed.
         RepositoryError: a file can't be changed; what was freed until then stays freed.
     """
     try:
@@ -157,7 +157,7 @@ def freed_by_deleting(repository: Repository, vm: str) -> dict[str, int]:
     """Return, by point, the bytes of payload that no other point of the VM sees: what gc gives back if it alone goes.
 
     Raises:
-        Corrupt, NotFound: something is damaged or missing.
+        Corrupt: something is damaged or missing.
     """
     freed = dict.fromkeys(repository.points(vm), 0)
     for (disk, chain), entries in _entries(repository, vm).items():

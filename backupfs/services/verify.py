@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import blake3
 import numpy as np
 
-from backupfs.errors import Corrupt, NotFound, RepositoryError
+from backupfs.errors import Corrupt, Missing, NotFound, RepositoryError, UnsupportedFormat
 from backupfs.repository import catalog
 from backupfs.repository.format import HEADER_SIZE
 from backupfs.repository.index import Index
@@ -53,6 +53,7 @@ def verify(repository: Repository, vm: str | None, point: str | None, sample: fl
 
     Raises:
         NotFound: there is no such VM or point.
+        RepositoryError: something can't be opened, for want of rights for one. That is no damage.
     """
     began = time.monotonic()
     report = Report(sample)
@@ -85,7 +86,7 @@ def _manifests(repository: Repository, vm: str, point: str | None, report: Repor
             found.append(repository.manifest(vm, name))
         except NotFound:
             continue  # deleted meanwhile
-        except RepositoryError as e:
+        except (Corrupt, UnsupportedFormat) as e:
             if point in (None, name):
                 report.points += 1
                 path = catalog.manifest_path(repository.path, vm, name)
@@ -172,7 +173,7 @@ class _Chain:
                 continue
             self._report.damage.append(
                 Damage(
-                    kind="layer" if isinstance(error, NotFound) else kind,
+                    kind="layer" if isinstance(error, Missing) else kind,
                     vm=self._address.vm,
                     points=points,
                     disk=self._address.disk,
@@ -299,10 +300,10 @@ class _Chain:
                 chain_no = index.chain_no(vm, disk, self._address.name)
                 assert chain_no is not None
                 fault = _index_fault(index, chain_no, [x for x in lineage.layers if x.header.seq <= newest])
-            except NotFound:
+            except (NotFound, Missing):
                 whole.pop()  # deleted meanwhile
                 continue
-            except RepositoryError as e:
+            except (Corrupt, UnsupportedFormat) as e:
                 fault = 0, _what(e)
             if fault:
                 points = [point for seq, point in whole if seq >= fault[0]]
@@ -323,7 +324,7 @@ def _index_fault(index: Index, chain_no: int, layers: list[Layer]) -> tuple[int,
     """As `index_fault`; of layers that gc writes again meanwhile, or has, and was killed before it told the index.
 
     Raises:
-        NotFound: one is gone; so is a point, then.
+        Missing: one is gone; so is a point, then.
     """
     for _ in range(_TRIES):
         for layer in layers:
