@@ -16,6 +16,7 @@ from backupfs.services.restore import PARTIAL
 from backupfs.units import MiB
 
 SIZE = 192 * MiB
+DATA = SIZE // 16 * 12
 ROUNDS = 60 if os.environ.get("BACKUPFS_LONG") else 3
 
 
@@ -89,6 +90,26 @@ def test_broken_off_and_again(
     run("qemu-img", "compare", "-f", "raw", "-F", image_format, original, target)
     assert not partial.exists()
     assert not [c for c in children_of_backupfs() if str(partial) in c]
+
+
+def test_an_interrupted_qcow2_has_what_was_written(disk: tuple[Path, Path], tmp_path: Path) -> None:
+    """The tables that lead to it are in qemu-nbd's memory until they are flushed."""
+    repo, original = disk
+    target, partial = tmp_path / "restored", tmp_path / f"restored{PARTIAL}"
+    command = [*BACKUPFS, "-r", str(repo), "restore", "web01/latest/vda", str(target), "--format", "qcow2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not partial.exists() or partial.stat().st_blocks * 512 < 60 * MiB:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    done = backupfs_json(repo, "restore", "web01/latest/vda", target, "--format", "qcow2")
+    assert done["resumed"]
+    assert done["written"] <= DATA - 40 * MiB  # what was on its way may be lost
+    run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", original, target)
 
 
 def test_an_interrupted_replacement_leaves_the_old_file(disk: tuple[Path, Path], tmp_path: Path) -> None:
