@@ -149,7 +149,25 @@ def _in_place(request: RestoreRequest, image: PointImage, target: Target, done: 
     else:
         blank = not request.force and _is_blank(request, target)
         work = DiskCopy(image, target, done, progress, blank=blank)
-    work.run()
+    with _telling_mixture(request, done):
+        work.run()
+
+
+@contextlib.contextmanager
+def _telling_mixture(request: RestoreRequest, done: Restored) -> Iterator[None]:
+    """Say what the target is when writing into it is broken off."""
+    how = "the same command" if request.force or request.differential else "the same command with --differential"
+    words = f"{request.target} is a mixture of what was there and the disk now; {how} makes it right"
+    try:
+        yield
+    except BackupfsError:
+        if done.written or done.zeroed:
+            log.warning("%s", words)
+        raise
+    except KeyboardInterrupt as e:
+        if done.written or done.zeroed:
+            raise KeyboardInterrupt(words) from e
+        raise
 
 
 def _check_size(request: RestoreRequest, image: PointImage, target: Target) -> None:
@@ -190,7 +208,7 @@ def _into_file(request: RestoreRequest, path: str, image: PointImage, done: Rest
         with contextlib.closing(open_qcow2(path)) as image_file:
             _in_place(request, image, image_file, done, progress)
         return
-    with contextlib.closing(files.open_file(path, image.size)) as target:
+    with contextlib.closing(files.open_file(path, image.size)) as target, _telling_mixture(request, done):
         DiskCopy(image, target, done, progress, compare=True).run()
 
 

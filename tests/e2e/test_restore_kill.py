@@ -1,5 +1,6 @@
 """Restores that are interrupted or killed: no half of a disk under the name, and the same command goes on."""
 
+import contextlib
 import os
 import random
 import signal
@@ -110,6 +111,37 @@ def test_an_interrupted_qcow2_has_what_was_written(disk: tuple[Path, Path], tmp_
     assert done["resumed"]
     assert done["written"] <= DATA - 40 * MiB  # what was on its way may be lost
     run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", original, target)
+
+
+@pytest.mark.parametrize("options", [["--differential"], []])
+def test_an_interrupted_restore_in_place_says_what_is_left(
+    disk: tuple[Path, Path], tmp_path: Path, options: list[str]
+) -> None:
+    repo, original = disk
+    target = tmp_path / "there.raw"
+    with open(target, "xb") as file:
+        file.truncate(SIZE)
+    with contextlib.ExitStack() as stack:
+        where = str(target)
+        if not options:  # into nothing but zeroes
+            stack.callback(
+                subprocess.run, ["losetup", "--detach", where := run("losetup", "-f", "--show", target).strip()]
+            )
+        command = [*BACKUPFS, "-r", str(repo), "restore", "web01/latest/vda", where, *options]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 60
+        while target.stat().st_blocks * 512 < 2 * MiB:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert f"interrupted; {where} is a mixture".encode() in said
+        assert (b"the same command makes" if options else b"the same command with --differential") in said
+        assert b"half published" not in said
+        backupfs(repo, "restore", "web01/latest/vda", where, "--differential")
+        run("cmp", original, where)
 
 
 def test_an_interrupted_replacement_leaves_the_old_file(disk: tuple[Path, Path], tmp_path: Path) -> None:
