@@ -22,18 +22,21 @@ from backupfs.repository.files import is_damage, open_regular
 
 
 @contextlib.contextmanager
-def writer_lock(root: str, waiting: Callable[[str], None] | None) -> Iterator[None]:
+def writer_lock(root: str, waiting: Callable[[str], None] | None, *, looking: bool = False) -> Iterator[None]:
     """Hold the repository's writer lock for the `with` block.
 
     Args:
         root: the repository's folder.
         waiting: called with a message when another process has it, before waiting for that; None: do not wait.
+        looking: nothing is going to be written, so it may be a file system that can't be written to.
 
     Raises:
         Locked: another process has it, and it is not waited for.
     """
     path = os.path.join(root, "lock")
-    fd = _open(path, os.O_RDWR | os.O_CREAT)
+    # flock(2) does not mind how a file was opened; NFS does, which is why it is not always for reading.
+    for_reading = looking and os.path.exists(path) and not os.access(path, os.W_OK)
+    fd = _open(path, os.O_RDONLY if for_reading else os.O_RDWR | os.O_CREAT)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
