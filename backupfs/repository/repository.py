@@ -56,7 +56,7 @@ class Repository:
             raise UsageError(f"a chunk of {chunk_size} bytes: it has to be a power of two from 4 KiB to 1 MiB")
         try:
             os.makedirs(path, mode=0o700, exist_ok=True)
-            if os.listdir(path):
+            if not _is_empty(path):
                 raise UsageError(f"{path} is not empty: a repository begins in an empty folder")
             os.chmod(path, 0o700)
             for folder in ("vms", "tmp"):
@@ -380,6 +380,18 @@ class Repository:
                     raise RepositoryError(
                         f"{folder}: {e.strerror}; points that were removed may come back after a power cut"
                     ) from e
+
+
+def _is_empty(path: str) -> bool:
+    """Whether nothing is in a folder but what mkfs.ext4 puts there, with nothing in it that we could see."""
+    found = os.listdir(path)
+    if found != ["lost+found"]:
+        return not found
+    inside = os.path.join(path, *found)
+    try:
+        return os.path.isdir(inside) and not os.path.islink(inside) and not os.listdir(inside)
+    except PermissionError:  # it is root's
+        return True
 
 
 def _check_path(path: str) -> str:

@@ -417,6 +417,13 @@ def test_init_refuses(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="not empty"):
         Repository.init(str(tmp_path))
+    fresh = tmp_path / "fresh"  # an ext4 that was just made has such a folder
+    (fresh / "lost+found").mkdir(parents=True)
+    (fresh / "lost+found/#12").write_text("")
+    with pytest.raises(UsageError, match="not empty"):
+        Repository.init(str(fresh))
+    (fresh / "lost+found/#12").unlink()
+    Repository.init(str(fresh))
     with pytest.raises(UsageError, match="power of two"):
         Repository.init(str(tmp_path / "new"), chunk_size=5000)
     with pytest.raises(RepositoryError):
