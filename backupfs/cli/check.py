@@ -64,6 +64,8 @@ def verify(what: str | None, sample: float, repair: bool, sources: tuple[str, ..
 
     if sources and not repair:
         raise UsageError("--from is for --repair")
+    others = [_source(s) for s in sources]
+    service.check_sources(others)  # now, and not after hours
     with open_repository() as repository, progress_bars() as progress:
         vm, point = None, None
         if what is not None and "/" in what:
@@ -79,7 +81,7 @@ def verify(what: str | None, sample: float, repair: bool, sources: tuple[str, ..
             raise
         try:
             if repair:
-                repairing.repair(repository, report, [_source(s) for s in sources], tell)
+                repairing.repair(repository, report, others, tell)
         finally:
             state.keep_verification(repository, [vm] if vm else repository.vms(), point, report)
         damage = list(report.all_damage(repository.settings.chunk_size))

@@ -11,7 +11,7 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import blake3
@@ -76,6 +76,14 @@ def verify(repository: Repository, vm: str | None, point: str | None, sample: fl
             ).check()
     report.seconds = round(time.monotonic() - began, 3)
     return report
+
+
+def check_sources(sources: Sequence[tuple[str | None, str]]) -> None:
+    """Open and close what a repair may take bytes from. Raises SourceError, UsageError."""
+    from backupfs.sources import open_source  # noqa: PLC0415, libnbd is not needed to verify
+
+    for _, spec in sources:
+        open_source(spec).close()
 
 
 def _manifests(repository: Repository, vm: str, point: str | None, report: Report) -> list[Manifest]:
