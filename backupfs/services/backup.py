@@ -183,7 +183,7 @@ def _ends(writer: Writer, request: BackupRequest, disks: list[str]) -> Mapping[s
         return writer.chain_ends(request.vm, disks, request.chain)
     except Corrupt as e:
         # Nothing can be compared with what can't be read; but tonight's backup need not wait until that is put right.
-        what = f"{e.what}. The chain can't go on from there; --full begins a new one, and verify --repair may mend this"
+        what = f"{e.what}. The chain can't go on from there; --full begins a new one"
         raise (Missing(e.file, what) if isinstance(e, Missing) else Corrupt(e.file, e.offset, what)) from e
 
 
