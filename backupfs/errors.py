@@ -22,7 +22,7 @@ class RepositoryError(BackupfsError):
 
 
 class NotFound(RepositoryError):
-    """No such repository, VM, point or disk."""
+    """No such repository, VM, point or disk: what the user named. A file that a manifest names: `Missing`."""
 
     exit_code = 10
 
@@ -55,6 +55,19 @@ class Corrupt(RepositoryError):
         self.file = file
         self.offset = offset
         self.what = what
+
+
+class Missing(Corrupt):
+    """A file that a manifest names is not there: damage, as if all of its bytes were wrong.
+
+    Args:
+        file: its path.
+        what: it is, and what to do.
+    """
+
+    def __init__(self, file: str, what: str) -> None:
+        super().__init__(file, 0, what)
+        self.args = (f"{file}: {what}",)
 
 
 class SourceError(BackupfsError):

@@ -87,13 +87,15 @@ def main() -> None:
     except click.ClickException as e:
         e.show()
         sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as e:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: os._exit(INTERRUPTED))  # a second one: all is undone already
         # One that came while a string was executed, as `dataclass` does, makes `python -m` end by SIGINT and not with
         # our code, even if it was caught; unless a later string ends well. Source: CPython 3.11, run_eval_code_obj.
         exec("")  # noqa: S102
-        _fail("interrupted; nothing is left half published", INTERRUPTED)
+        # What is left, where it is not nothing. click raises its Abort from the interrupt.
+        words = str(e.__cause__ if isinstance(e, click.Abort) else e)
+        _fail(f"interrupted; {words or 'nothing is left half published'}", INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)

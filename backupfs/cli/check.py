@@ -64,6 +64,8 @@ def verify(what: str | None, sample: float, repair: bool, sources: tuple[str, ..
 
     if sources and not repair:
         raise UsageError("--from is for --repair")
+    others = [_source(s) for s in sources]
+    service.check_sources(others)  # now, and not after hours
     with open_repository() as repository, progress_bars() as progress:
         vm, point = None, None
         if what is not None and "/" in what:
@@ -79,7 +81,7 @@ def verify(what: str | None, sample: float, repair: bool, sources: tuple[str, ..
             raise
         try:
             if repair:
-                repairing.repair(repository, report, [_source(s) for s in sources], tell)
+                repairing.repair(repository, report, others, tell)
         finally:
             state.keep_verification(repository, [vm] if vm else repository.vms(), point, report)
         damage = list(report.all_damage(repository.settings.chunk_size))
@@ -130,29 +132,37 @@ def _print(report: "Report", damage: "list[Damage]", as_json: bool) -> None:
 )
 @repository_option
 @click.option("--max-age", metavar="TIME", help="A VM's newest point must not be older: 26h, 2d, 1w.")
+@click.option(
+    "--max-verify-age", metavar="TIME", help="No VM must have been without a `verify`, of all of it, for longer."
+)
 @click.option("--metrics", metavar="FILE", help="Also write a text file for Prometheus, also where all fails.")
 @json_option
-def status(max_age: str | None, metrics: str | None, as_json: bool) -> None:
+def status(max_age: str | None, max_verify_age: str | None, metrics: str | None, as_json: bool) -> None:
     """Tell how things stand: newest points, last results, free space, known damage. Exits with 1 if something is wrong.
 
-    The first line says it all. It reads no layers; what `verify` found last is what it knows of damage.
+    The first line says it all. It reads no layers; what `verify` found last is what it knows of damage. A failed
+    backup of a VM that has no points is wrong for 8 days, and then only listed.
     """
     from backupfs.services import status as state  # noqa: PLC0415, not needed for the other commands
 
     most = parse_duration(max_age) if max_age is not None else None
+    most_unchecked = parse_duration(max_verify_age) if max_verify_age is not None else None
     try:
         with open_repository() as repository:
-            found = state.status(repository, most)
+            found = state.status(repository, most, most_unchecked)
     except BackupfsError:
         if metrics is not None:
-            state.write_metrics(None, metrics)
+            try:
+                state.write_metrics(None, metrics)
+            except BackupfsError as unwritten:
+                tell(str(unwritten))
         raise
-    if metrics is not None:
-        state.write_metrics(found, metrics)
     if as_json:
         print_json(found.as_json())
     else:
         _print_status(found)
+    if metrics is not None:
+        state.write_metrics(found, metrics)  # last: where it can't be written the state is told all the same
     if found.problems:
         raise SystemExit(1)
 
@@ -161,8 +171,11 @@ def _print_status(found: "Status") -> None:
     # The first line is what Nagios and the like show.
     more = f" (and {len(found.problems) - 1} more)" if len(found.problems) > 1 else ""
     click.echo(f"WRONG: {found.problems[0]}{more}" if found.problems else f"GOOD: {len(found.vms)} VMs")
-    rows: list[tuple[str, ...]] = [("VM", "NEWEST", "AGE", "POINTS", "DAMAGED")]
-    rows += [(v.vm, v.newest, f"{v.age_s / 3600:.1f} h", str(v.points), str(v.damaged)) for v in found.vms]
+    rows: list[tuple[str, ...]] = [("VM", "NEWEST", "AGE", "POINTS", "DAMAGED", "VERIFIED")]
+    rows += [
+        (v.vm, v.newest, f"{v.age_s / 3600:.1f} h", str(v.points), str(v.damaged), v.verified or "never")
+        for v in found.vms
+    ]
     print_table(rows)
     for r in found.results:
         name = f"{r.what} {r.vm}" if r.vm else r.what

@@ -106,8 +106,12 @@ def gc(dry_run: bool, no_wait: bool, as_json: bool) -> None:
         click.echo(f"{again} {'would have to be' if dry_run else 'were'} written again for that")
     for name in report.open:
         click.echo(f"kept because somebody reads it: deleted point of {name}")
-    if report.stuck:
-        click.echo(f"{format_size(report.stuck)} stay: no holes can be made in those files")
+    if report.linked:
+        click.echo(
+            f"{format_size(report.linked)} stay: those files have other names (links), maybe in a copy of all this"
+        )
+    if report.stuck > report.linked:
+        click.echo(f"{format_size(report.stuck - report.linked)} stay: this file system makes no holes in files")
 
 
 @click.command(epilog="Example: backupfs -r /srv/backups reindex")

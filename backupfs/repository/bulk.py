@@ -24,7 +24,7 @@ def read_chunks(image: PointImage, offset: int, buffer: memoryview) -> None:
     """Fill all of `buffer` with the disk's bytes from `offset` on, which is where a chunk begins.
 
     Raises:
-        NotFound, Corrupt: a layer is missing or damaged; `buffer` then holds anything.
+        Corrupt: a layer is missing or damaged; `buffer` then holds anything.
     """
     unit = image.chunk_size
     first, end = offset // unit, -(-(offset + len(buffer)) // unit)

@@ -1,13 +1,12 @@
 """What lies in a repository's folder: names of VMs, chains and points, and where each thing is. Reads folders only."""
 
-import errno
 import os
 import re
 from collections.abc import Iterator
 
 from backupfs.errors import Corrupt, NotFound, RepositoryError
 from backupfs.repository import names
-from backupfs.repository.files import open_regular
+from backupfs.repository.files import is_damage, open_regular
 from backupfs.repository.format import LayerId
 from backupfs.repository.index import Index, IndexedLayer
 from backupfs.repository.layer import Layer
@@ -16,11 +15,6 @@ from backupfs.repository.point import Chain, check_address, disk_folder, layer_p
 
 # File systems where LMDB's shared memory and locks do not hold.
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "glusterfs", "lustre", "afs", "virtiofs"}
-
-
-# What a disk, or a file system that is damaged, says; EINVAL: `open_regular` found no file. Not what a person has to
-# put right, as EACCES.
-_DAMAGED = {errno.EIO, errno.ENODATA, errno.EUCLEAN, errno.EBADMSG, errno.EINVAL, errno.EISDIR}
 
 
 def read_file(path: str, missing: str) -> bytes:
@@ -37,7 +31,7 @@ def read_file(path: str, missing: str) -> bytes:
     except (FileNotFoundError, NotADirectoryError) as e:
         raise NotFound(missing) from e
     except OSError as e:
-        if e.errno in _DAMAGED:
+        if is_damage(e):
             raise Corrupt(path, 0, f"can't be read: {e.strerror}") from e
         raise RepositoryError(f"{path}: {e.strerror}") from e
 
@@ -95,7 +89,7 @@ def layers_to_index(root: str, index: Index, manifest: Manifest) -> list[Indexed
     The way back goes by the parents' ids in the layers' headers, so a layer that is no ancestor stays out.
 
     Raises:
-        NotFound, Corrupt: an ancestor is missing or damaged: an older version of a chunk would show.
+        Corrupt: an ancestor is missing or damaged: an older version of a chunk would show.
     """
     found: list[IndexedLayer] = []
     for entry in manifest.disks:

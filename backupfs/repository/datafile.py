@@ -5,8 +5,8 @@ import fcntl
 import os
 import struct
 
-from backupfs.errors import Corrupt, NotFound, RepositoryError
-from backupfs.repository.files import open_regular
+from backupfs.errors import Corrupt, Missing, RepositoryError
+from backupfs.repository.files import is_damage, open_regular
 
 _FICLONERANGE = 0x4020940D  # Source: linux/fs.h
 _CLONE_RANGE = struct.Struct("=qQQQ")  # struct file_clone_range: source, its offset, length, the target's offset
@@ -28,7 +28,8 @@ class DataFile:
         length: bytes.
 
     Raises:
-        NotFound: there is no such file.
+        Missing: there is no such file.
+        Corrupt: the disk can't read it, or it is no file.
         RepositoryError: it can't be opened.
     """
 
@@ -39,9 +40,11 @@ class DataFile:
         try:
             self.fd = open_regular(path)
             self.length = os.fstat(self.fd).st_size
-        except FileNotFoundError as e:
-            raise NotFound(f"{path}: {what} is missing") from e
+        except (FileNotFoundError, NotADirectoryError) as e:
+            raise Missing(path, f"{what} is missing") from e
         except OSError as e:
+            if is_damage(e):
+                raise Corrupt(path, 0, f"can't be opened: {e.strerror}") from e
             raise RepositoryError(f"{path}: {e.strerror}") from e
 
     def __del__(self) -> None:

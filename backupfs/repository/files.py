@@ -5,17 +5,32 @@ import errno
 import os
 import stat
 
+# What a disk, or a file system that is damaged, says; EINVAL: `open_regular` found no file. Not what a person has to
+# put right, as EACCES.
+_DAMAGE = {errno.EIO, errno.ENODATA, errno.EUCLEAN, errno.EBADMSG, errno.EINVAL, errno.EISDIR, errno.ENXIO, errno.ELOOP}
+
+
+def is_damage(error: OSError) -> bool:
+    """Whether a file that can't be opened or read is damaged, and it is not for want of rights, memory or the like."""
+    return error.errno in _DAMAGE
+
 
 def open_regular(path: str, flags: int = os.O_RDONLY) -> int:
     """Open a file that has to be a regular one: nothing may wait for who writes into a FIFO. Raises OSError.
 
-    Reading it is not written down on its disk where it is ours. Source: open(2), O_NOATIME.
+    With O_CREAT it is the owner's only; with O_NOFOLLOW a symbolic link is refused, and the error says so. Reading it
+    is not written down on its disk where it is ours. Source: open(2), O_NOATIME.
     """
     flags |= os.O_CLOEXEC | os.O_NONBLOCK  # of a regular file O_NONBLOCK changes nothing
     try:
-        fd = os.open(path, flags | os.O_NOATIME)
-    except PermissionError:
-        fd = os.open(path, flags)
+        try:
+            fd = os.open(path, flags | os.O_NOATIME, 0o600)
+        except PermissionError:
+            fd = os.open(path, flags, 0o600)
+    except OSError as e:
+        if e.errno == errno.ELOOP and flags & os.O_NOFOLLOW:
+            raise OSError(errno.ELOOP, "is a symbolic link, which is not followed", path) from e
+        raise
     if stat.S_ISREG(os.fstat(fd).st_mode):
         return fd
     os.close(fd)

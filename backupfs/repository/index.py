@@ -19,6 +19,7 @@ Any thread may call; write transactions live inside one method. Never carried ov
 once at a time. What is written is complete or absent: one transaction a point.
 """
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -34,6 +35,7 @@ import xxhash
 from backupfs.errors import Corrupt, RepositoryError
 from backupfs.repository import codec
 from backupfs.repository.crashmark import CrashMark
+from backupfs.repository.files import open_regular
 from backupfs.repository.format import (
     CODEC_SHIFT,
     RECORD,
@@ -97,6 +99,7 @@ class Index:
     Raises:
         Corrupt: LMDB can't open what is in the folder.
         StaleIndex: it is of another repository or layout.
+        RepositoryError: the folder, or a file in it, can't be written, or is a symbolic link.
     """
 
     def __init__(self, folder: str, repository_id: str, *, durable: bool = True) -> None:
@@ -125,6 +128,9 @@ class Index:
             if os.path.exists(self._file) and os.path.getsize(self._file) == 0:
                 raise Corrupt(self._file, 0, "the file is empty")
             _allocate(os.path.join(self.folder, "lock.mdb"))
+            with contextlib.suppress(FileNotFoundError):
+                # LMDB follows links, and calls what it may not open damaged.
+                os.close(open_regular(self._file, os.O_RDWR | os.O_NOFOLLOW))
             return lmdb.open(
                 self.folder,
                 map_size=_MAP_SIZE,
@@ -138,7 +144,7 @@ class Index:
         except lmdb.Error as e:
             raise self._corrupt(e) from e
         except OSError as e:
-            raise RepositoryError(f"{self.folder}: the index can't be opened: {e.strerror}") from e
+            raise RepositoryError(f"{e.filename or self.folder}: the index can't be opened: {e.strerror}") from e
 
     def _open_databases(self, repository_id: str) -> None:
         try:
@@ -506,9 +512,9 @@ def _allocate(path: str) -> None:
     system that would be a SIGBUS.
 
     Raises:
-        OSError: no space.
+        OSError: no space, or it is no file that may be written.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    fd = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     try:
         length = os.fstat(fd).st_size or _LOCK_FILE
         # Not posix_fallocate, which would write where the file system can't do it, beside processes that use the file.

@@ -64,7 +64,7 @@ class Layer:
         data: the file with the payloads: the same, or in a plain layer the raw image beside it.
 
     Raises:
-        NotFound: there is no such file.
+        Missing: there is no such file.
         Corrupt: it is not the layer that it should be.
     """
 

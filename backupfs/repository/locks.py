@@ -17,23 +17,26 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 
-from backupfs.errors import Locked, NotFound, RepositoryError
-from backupfs.repository.files import open_regular
+from backupfs.errors import Corrupt, Locked, Missing, RepositoryError
+from backupfs.repository.files import is_damage, open_regular
 
 
 @contextlib.contextmanager
-def writer_lock(root: str, waiting: Callable[[str], None] | None) -> Iterator[None]:
+def writer_lock(root: str, waiting: Callable[[str], None] | None, *, looking: bool = False) -> Iterator[None]:
     """Hold the repository's writer lock for the `with` block.
 
     Args:
         root: the repository's folder.
         waiting: called with a message when another process has it, before waiting for that; None: do not wait.
+        looking: nothing is going to be written, so it may be a file system that can't be written to.
 
     Raises:
         Locked: another process has it, and it is not waited for.
     """
     path = os.path.join(root, "lock")
-    fd = _open(path, os.O_RDWR | os.O_CREAT)
+    # flock(2) does not mind how a file was opened; NFS does, which is why it is not always for reading.
+    for_reading = looking and os.path.exists(path) and not os.access(path, os.W_OK)
+    fd = _open(path, os.O_RDONLY if for_reading else os.O_RDWR | os.O_CREAT)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,16 +81,20 @@ class Pin:
         path: the layer that the point brought.
 
     Raises:
-        NotFound: there is no such layer.
+        Missing: there is no such layer.
+        Corrupt: the disk can't read it, or it is no file.
+        RepositoryError: it can't be opened.
     """
 
     def __init__(self, path: str) -> None:
         self._fd = -1
         try:
             self._fd = open_regular(path)
-        except FileNotFoundError as e:
-            raise NotFound(f"{path}: the layer file is missing") from e
+        except (FileNotFoundError, NotADirectoryError) as e:
+            raise Missing(path, "the layer file is missing") from e
         except OSError as e:
+            if is_damage(e):
+                raise Corrupt(path, 0, f"can't be opened: {e.strerror}") from e
             raise RepositoryError(f"{path}: {e.strerror}") from e
         # Where no lock can be had there is no gc either, for it needs the writer's; a restore must not fail for that.
         with contextlib.suppress(OSError):
@@ -121,6 +128,6 @@ def is_pinned(path: str) -> bool:
 
 def _open(path: str, flags: int) -> int:
     try:
-        return os.open(path, flags | os.O_CLOEXEC, 0o600)
+        return open_regular(path, flags | os.O_NOFOLLOW)  # what a link leads to would be written into
     except OSError as e:
         raise RepositoryError(f"{path}: {e.strerror}") from e

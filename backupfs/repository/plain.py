@@ -93,7 +93,7 @@ def image_records(path: str, chunk_size: int, first_region: int, end_region: int
         The region of each record, and the records. They count only if the whole table then has the right BLAKE3.
 
     Raises:
-        NotFound, Corrupt: the image is missing or can't be read.
+        Corrupt: the image is missing or can't be read.
     """
     file = DataFile(path, "the layer's raw image", filled_up=True)
     span = REGION_CHUNKS * chunk_size

@@ -85,8 +85,7 @@ class LayerStore:
         """Return what an open layer stores; it is the layer in the index.
 
         Raises:
-            NotFound: the file is missing.
-            Corrupt: it is damaged, or another layer than the one that was indexed.
+            Corrupt: the file is missing or damaged, or another layer than the one that was indexed.
         """
         held = self.opened.get((chain.no, seq))
         if held is None:
@@ -150,7 +149,7 @@ class PointImage:
         return self._chunk_size
 
     def layer(self, seq: int) -> Layer:
-        """Return an open layer of the image's chain. Raises NotFound, Corrupt."""
+        """Return an open layer of the image's chain. Raises Corrupt."""
         return self._store.layer(self._chain, seq)
 
     def readinto(self, offset: int, buffer: Buffer) -> None:

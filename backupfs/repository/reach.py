@@ -59,7 +59,7 @@ class ChainLayers:
         return layer_path(self.chain.root, self.chain.vm, self.chain.disk, self.chain.name, seq)
 
     def layer(self, seq: int, layer_id: LayerId | None = None) -> Layer:
-        """Return the layer `seq`, open. Raises NotFound, Corrupt: it is missing, damaged or not `layer_id`."""
+        """Return the layer `seq`, open. Raises Corrupt: it is missing, damaged or not `layer_id`."""
         held = self._open.get(seq)
         if held is None:
             held = Layer(self.path(seq))
@@ -71,7 +71,7 @@ class ChainLayers:
         """Return the seqs that lead from the base to a layer.
 
         Raises:
-            NotFound, Corrupt: an ancestor is missing or damaged.
+            Corrupt: an ancestor is missing or damaged.
         """
         found = []
         while True:
@@ -89,7 +89,7 @@ def reach(layers: ChainLayers, roots: Roots) -> Reach:
     """Work out what the roots of a chain see.
 
     Raises:
-        NotFound, Corrupt: a layer that a root stands on is missing or damaged, or the layers do not give what a
+        Corrupt: a layer that a root stands on is missing or damaged, or the layers do not give what a
             root's manifest says.
     """
     ancestries = {s: layers.ancestry(s, LayerId(bytes.fromhex(e.layer_id)) if e else None) for s, e in roots.items()}

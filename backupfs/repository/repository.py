@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 
-from backupfs.errors import Corrupt, NotFound, RepositoryError, UsageError
+from backupfs.errors import Corrupt, Missing, NotFound, RepositoryError, UsageError
 from backupfs.repository import catalog, codec, kept, names
 from backupfs.repository.crashmark import fault_of
 from backupfs.repository.files import fsync_folder, write_new
@@ -60,7 +60,7 @@ class Repository:
             raise UsageError(f"a chunk of {chunk_size} bytes: it has to be a power of two from 4 KiB to 1 MiB")
         try:
             os.makedirs(path, mode=0o700, exist_ok=True)
-            if os.listdir(path):
+            if not _is_empty(path):
                 raise UsageError(f"{path} is not empty: a repository begins in an empty folder")
             os.chmod(path, 0o700)
             for folder in ("vms", "tmp"):
@@ -171,15 +171,23 @@ class Repository:
         """Return a disk at a point as an Image.
 
         Raises:
-            NotFound: no such point or disk, or a layer of its chain is missing.
-            Corrupt: the manifest, the index or the chain's base is damaged.
+            NotFound: no such point or disk.
+            Corrupt: the manifest, the index or the chain's base is damaged, or the layer is missing.
         """
         entry = self._entry(vm, point, disk)
-        image = self._image(vm, point, entry)
+        try:
+            image = self._image(vm, point, entry)
+        except Missing:
+            self._check_there(vm, point, entry)  # else it was deleted meanwhile, and gc was there
+            raise
         # It pins what it sees only now. If the point was taken away before that, gc may be at work.
-        if self._entry(vm, point, disk).layer_id != entry.layer_id:
-            raise NotFound(f"point {vm}/{point} was deleted, and another made under its id")
+        self._check_there(vm, point, entry)
         return image
+
+    def _check_there(self, vm: str, point: str, entry: DiskEntry) -> None:
+        """Raise NotFound unless the point is there, and still the one that `entry` is of."""
+        if self._entry(vm, point, entry.name).layer_id != entry.layer_id:
+            raise NotFound(f"point {vm}/{point} was deleted, and another made under its id")
 
     def _entry(self, vm: str, point: str, disk: str) -> DiskEntry:
         entry = self.manifest(vm, point).disk(disk)
@@ -420,6 +428,18 @@ class Repository:
                     raise RepositoryError(
                         f"{folder}: {e.strerror}; points that were removed may come back after a power cut"
                     ) from e
+
+
+def _is_empty(path: str) -> bool:
+    """Whether nothing is in a folder but what mkfs.ext4 puts there, with nothing in it that we could see."""
+    found = os.listdir(path)
+    if found != ["lost+found"]:
+        return not found
+    inside = os.path.join(path, *found)
+    try:
+        return os.path.isdir(inside) and not os.path.islink(inside) and not os.listdir(inside)
+    except PermissionError:  # it is root's
+        return True
 
 
 def _check_path(path: str) -> str:

@@ -5,7 +5,6 @@ version hides it, so each stored version is met once, in the order of its layer'
 From any thread.
 """
 
-import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from backupfs.errors import Corrupt, RepositoryError
+from backupfs.errors import Corrupt, RepositoryError, UnsupportedFormat
 from backupfs.repository import codec
 from backupfs.repository.format import LayerId, Rows, Words, digest_terms, format_digest
 from backupfs.repository.layer import Layer
@@ -70,6 +69,9 @@ def lineages(
             manifest tells what came before.
         broken: told of layers that are missing, or others than they should be; their points may be many.
         open_layer: how a path becomes a layer.
+
+    Raises:
+        RepositoryError: a layer can't be opened, for want of rights or descriptors: that says nothing of it.
     """
     left = dict(entries)
     by_seq = {entry.seq: entry for entry in parents.values() if entry.chain == chain.name}
@@ -85,9 +87,7 @@ def lineages(
             try:
                 layer = open_layer(path)
                 check_address(layer, repository_id, chain, seq, layer_id)
-            except RepositoryError as e:
-                if isinstance(e.__cause__, OSError) and e.__cause__.errno in (errno.EMFILE, errno.ENFILE):
-                    raise
+            except (Corrupt, UnsupportedFormat) as e:
                 broken(path, seq, e)
                 seq, layer_id = _parent_by_manifest(by_seq.get(seq), parents)
                 continue

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from backupfs import interrupts
-from backupfs.errors import UsageError
+from backupfs.errors import Corrupt, Missing, UsageError
 from backupfs.repository import names
 from backupfs.repository.manifest import DiskEntry, Manifest
-from backupfs.repository.repository import Repository
+from backupfs.repository.repository import Repository, Writer
 from backupfs.repository.writer import ChainEnd
 from backupfs.services.ingest import DiskBackup, Progress
 from backupfs.sources import Source
@@ -71,6 +71,7 @@ def backup(
         UsageError: `since` is not where the chain ends.
         Locked: another process writes to the repository.
         SourceError: a disk can't be read; nothing was published.
+        Corrupt: a disk's chain can't go on; nothing was published.
         RepositoryError: it can't be written; nothing was published.
     """
     published: list[Manifest] = []
@@ -94,7 +95,7 @@ def _backup(
         machine = request.open()
         stack.callback(machine.close)
         disks = _names(machine)
-        ends = dict.fromkeys(disks) if request.full else writer.chain_ends(request.vm, disks, request.chain)
+        ends = dict.fromkeys(disks) if request.full else _ends(writer, request, disks)
         _check_since(request, {d: end.point if end else None for d, end in ends.items()})
         tracks = {d: _track(repository, request, (end.point, end.entry) if end else None) for d, end in ends.items()}
         point = writer.begin(request.vm, request.moment or datetime.now(UTC), request.codec)
@@ -174,6 +175,16 @@ def _laid_over(request: BackupRequest, pushed: PushedSource, end: ChainEnd | Non
 
 def _names(machine: Machine) -> list[str]:
     return [names.check_name(disk.name, "disk") for disk in machine.disks]
+
+
+def _ends(writer: Writer, request: BackupRequest, disks: list[str]) -> Mapping[str, ChainEnd | None]:
+    """Return where the disks' chains end. Raises Corrupt."""
+    try:
+        return writer.chain_ends(request.vm, disks, request.chain)
+    except Corrupt as e:
+        # Nothing can be compared with what can't be read; but tonight's backup need not wait until that is put right.
+        what = f"{e.what}. The chain can't go on from there; --full begins a new one"
+        raise (Missing(e.file, what) if isinstance(e, Missing) else Corrupt(e.file, e.offset, what)) from e
 
 
 def _track(repository: Repository, request: BackupRequest, end: tuple[str, DiskEntry] | None) -> Track:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import blake3
 import numpy as np
 
+from backupfs.errors import Corrupt, Missing
 from backupfs.extents import Extent, coalesce, intersect, widen
 from backupfs.repository.bulk import read_chunks
 from backupfs.repository.chunkmap import IDENTITY
@@ -115,8 +116,32 @@ class DiskCopy:
 
     def _read(self, part: Extent) -> list[Piece]:
         buffer = np.empty(part.length, np.uint8).data  # not cleared first
-        read_chunks(self._image, part.offset, buffer)
+        try:
+            read_chunks(self._image, part.offset, buffer)
+        except Missing:  # which is no range, and nothing that --from could bring back
+            raise
+        except Corrupt as e:
+            raise self._located(e, part) from e
         return [(part.offset, part.length, buffer)]
+
+    def _located(self, error: Corrupt, part: Extent) -> Corrupt:
+        """Return the error with the range of the disk that it hurts, and the ways out."""
+        buffer = memoryview(bytearray(self._chunk_size))
+        for offset in range(part.offset, part.end, self._chunk_size):
+            length = min(self._chunk_size, part.end - offset)
+            try:
+                self._image.readinto(offset, buffer[:length])
+            except Corrupt as e:
+                done = self._done
+                return Corrupt(
+                    e.file,
+                    e.offset,
+                    f"{e.what}. That is offset {offset} length {length} of {done.vm}/{done.point}/{done.disk}. "
+                    f"`backupfs verify {done.vm} --repair --from {done.disk}=SOURCE` takes the right bytes from an "
+                    "image that has them; all the rest can be copied from the mount, with `dd conv=noerror,sync`: see "
+                    "Troubleshooting in the README",
+                )
+        return error
 
     def _compared(self) -> Iterator[tuple[Extent, Callable[[Extent], list[Piece]]]]:
         """Yield what may differ in parts of whole chunks, each with the function that finds out."""

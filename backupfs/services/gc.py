@@ -56,7 +56,8 @@ class GcReport:
         rewritten: how many were written again.
         written: bytes that these take now.
         open: deleted points that are kept because somebody has them open: VM/DISK/CHAIN/SEQ.
-        stuck: bytes that nobody sees in files in which no holes can be made.
+        stuck: bytes that nobody sees in files in which no holes can be made, or may be.
+        linked: of them, in files that have another name, and so may be another copy's.
     """
 
     before: int = 0
@@ -67,6 +68,7 @@ class GcReport:
     written: int = 0
     open: list[str] = field(default_factory=list)
     stuck: int = 0
+    linked: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ def gc(repository: Repository, *, dry_run: bool = False, waiting: Callable[[str]
 
     Raises:
         Locked: another process writes to the repository.
-        Corrupt, NotFound, UnsupportedFormat: something is damaged or missing; nothing was freed.
+        Corrupt, UnsupportedFormat: something is damaged or missing; nothing was freed.
         RepositoryError: a file can't be changed; what was freed until then stays freed.
     """
     try:
@@ -124,7 +126,8 @@ def gc(repository: Repository, *, dry_run: bool = False, waiting: Callable[[str]
 
 def _gc(repository: Repository, dry_run: bool, waiting: Callable[[str], None] | None) -> GcReport:
     report = GcReport()
-    with locks.writer_lock(repository.path, waiting) if dry_run else repository.exclusive(waiting):
+    lock = locks.writer_lock(repository.path, waiting, looking=True) if dry_run else repository.exclusive(waiting)
+    with lock:
         plans = [plan for vm in catalog.vms(repository.path) for plan in _plan_vm(repository, vm, report)]
         worth: list[_Rewrite] = []
         beyond = 0
@@ -157,7 +160,7 @@ def freed_by_deleting(repository: Repository, vm: str) -> dict[str, int]:
     """Return, by point, the bytes of payload that no other point of the VM sees: what gc gives back if it alone goes.
 
     Raises:
-        Corrupt, NotFound: something is damaged or missing.
+        Corrupt: something is damaged or missing.
     """
     freed = dict.fromkeys(repository.points(vm), 0)
     for (disk, chain), entries in _entries(repository, vm).items():
@@ -179,7 +182,7 @@ def _entries(repository: Repository, vm: str) -> dict[tuple[str, str], list[tupl
 
 def _plan_vm(repository: Repository, vm: str, report: GcReport) -> Iterator[_ChainPlan]:
     root = repository.path
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # somebody's file is no VM
         # A delete that was killed may not have done it: a manifest must not come back after what it needs is gone.
         fsync_folder(os.path.dirname(catalog.manifest_path(root, vm, "x")))
     entries = _entries(repository, vm)
@@ -272,8 +275,8 @@ def _punch(layers: ChainLayers, plan: _ChainPlan, seq: int, report: GcReport, *,
             there = stored(fd, offset, length)
             if there == 0:
                 continue
-            if dry_run:
-                freed += there if alone else 0
+            if dry_run and alone:  # whether the file system can make holes is not tried
+                freed += there
                 continue
             if alone and able:
                 puncher = puncher or Puncher(path)
@@ -287,6 +290,7 @@ def _punch(layers: ChainLayers, plan: _ChainPlan, seq: int, report: GcReport, *,
             freed = before - allocated(path)
         report.freed += freed
         report.stuck += stuck
+        report.linked += 0 if alone else stuck
     return before - freed, stuck
 
 

@@ -13,7 +13,7 @@ import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from backupfs.errors import BackupfsError, TargetError, UsageError
 from backupfs.extents import Extent
@@ -25,6 +25,9 @@ from backupfs.services.diskcopy import DiskCopy, Progress, Restored
 from backupfs.sources import target as files
 from backupfs.sources.target import Target
 from backupfs.units import GiB, MiB, format_size
+
+if TYPE_CHECKING:
+    from backupfs.sources.export_target import NbdTarget
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +149,25 @@ def _in_place(request: RestoreRequest, image: PointImage, target: Target, done: 
     else:
         blank = not request.force and _is_blank(request, target)
         work = DiskCopy(image, target, done, progress, blank=blank)
-    work.run()
+    with _telling_mixture(request, done):
+        work.run()
+
+
+@contextlib.contextmanager
+def _telling_mixture(request: RestoreRequest, done: Restored) -> Iterator[None]:
+    """Say what the target is when writing into it is broken off."""
+    how = "the same command" if request.force or request.differential else "the same command with --differential"
+    words = f"{request.target} is a mixture of what was there and the disk now; {how} makes it right"
+    try:
+        yield
+    except BackupfsError:
+        if done.written or done.zeroed:
+            log.warning("%s", words)
+        raise
+    except KeyboardInterrupt as e:
+        if done.written or done.zeroed:
+            raise KeyboardInterrupt(words) from e
+        raise
 
 
 def _check_size(request: RestoreRequest, image: PointImage, target: Target) -> None:
@@ -187,7 +208,7 @@ def _into_file(request: RestoreRequest, path: str, image: PointImage, done: Rest
         with contextlib.closing(open_qcow2(path)) as image_file:
             _in_place(request, image, image_file, done, progress)
         return
-    with contextlib.closing(files.open_file(path, image.size)) as target:
+    with contextlib.closing(files.open_file(path, image.size)) as target, _telling_mixture(request, done):
         DiskCopy(image, target, done, progress, compare=True).run()
 
 
@@ -203,11 +224,14 @@ def _to_new_file(request: RestoreRequest, path: str, image: PointImage, done: Re
     partial = path + PARTIAL
     with contextlib.ExitStack() as stack:
         stack.enter_context(_telling(partial))
+        target: Target
         if request.format == "qcow2":
             target, done.resumed = _open_new_qcow2(partial, image.size)
+            stack.callback(target.close)
+            stack.enter_context(target.kept())
         else:
             target, done.resumed = _open_new_raw(partial, image.size)
-        stack.callback(target.close)
+            stack.callback(target.close)
         DiskCopy(image, target, done, progress, compare=done.resumed, blank=not done.resumed).run()
         _check_partial(partial)
         try:
@@ -244,7 +268,7 @@ def _open_new_raw(partial: str, size: int) -> tuple[Target, bool]:
     return files.make_file(partial, size), False
 
 
-def _open_new_qcow2(partial: str, size: int) -> tuple[Target, bool]:
+def _open_new_qcow2(partial: str, size: int) -> "tuple[NbdTarget, bool]":
     from backupfs.sources import export_target as exports  # noqa: PLC0415, libnbd is not needed for raw
 
     _drop_strange(partial)

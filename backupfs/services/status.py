@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from backupfs.errors import BackupfsError, RepositoryError, UsageError
+from backupfs.errors import BackupfsError, RepositoryError
 from backupfs.repository import results
 from backupfs.repository.repository import Repository
 from backupfs.repository.results import Result
@@ -19,18 +19,28 @@ from backupfs.units import parse_time
 _KEPT = 1000  # ranges of damage that are remembered of a VM
 _LEAST_FREE = 64 << 20  # bytes below which no backup begins
 _AHEAD = timedelta(hours=1)  # that another machine's clock may be ahead of ours
+# How long a failed backup of a VM without points is a problem. Who backs it up every week fails again before that; a
+# name that was mistyped once is nobody's worry any more.
+_NEW = timedelta(days=8)
 
 
 @dataclass(slots=True)
 class VmStatus:
-    """One VM: `age_s` is of its newest point, whose time is `time`."""
+    """One VM.
+
+    Attributes:
+        newest, time, age_s: its newest point's id, time and age.
+        verified: when all of it was verified last, whole or by a sample; None: never.
+        damaged: ranges and files.
+    """
 
     vm: str
     points: int
     newest: str
     time: str
     age_s: int
-    damaged: int = 0  # ranges and files
+    verified: str | None = None
+    damaged: int = 0
     problems: list[str] = field(default_factory=list)
 
 
@@ -54,18 +64,26 @@ class Status:
         return {"ok": not self.problems, **document}
 
 
-def status(repository: Repository, max_age: timedelta | None) -> Status:
+def status(repository: Repository, max_age: timedelta | None, max_verify_age: timedelta | None = None) -> Status:
     """Look at everything that can be told without reading layers.
 
     Args:
         max_age: a VM whose newest point is older has a problem.
+        max_verify_age: so has one that was not verified for longer, though it had points.
 
     Raises:
         NotFound, RepositoryError: there is no repository, or it can't be read.
     """
     found, unreadable = results.load(repository.path)
     now = datetime.now(UTC)
-    vms = [_vm(repository, vm, now, max_age, found) for vm in repository.vms()]
+    there = [(vm, points) for vm in repository.vms() if (points := repository.points(vm))]
+    seen = {vm for vm, _ in there}
+    # What was found in points that are all gone is no worry any more, and nothing could take it away.
+    found = [r for r in found if r.what != "verify" or r.vm in seen]
+    vms = [
+        _vm(repository, vm, points, found, now=now, max_age=max_age, max_verify_age=max_verify_age)
+        for vm, points in there
+    ]
     try:
         space = os.statvfs(repository.path)
     except OSError as e:
@@ -74,8 +92,11 @@ def status(repository: Repository, max_age: timedelta | None) -> Status:
     problems = [f"{v.vm}: {problem}" for v in vms for problem in v.problems]
     problems += [f"{r.what}: {_outcome(r)}" for r in found if not r.ok and r.vm is None]
     problems += unreadable
-    seen = {v.vm for v in vms}
-    problems += [f"{r.vm}: {r.what}: {_outcome(r)}" for r in found if not r.ok and r.vm and r.vm not in seen]
+    problems += [
+        f"{r.vm}: it has no points; {r.what}: {_outcome(r)}"
+        for r in found
+        if not r.ok and r.vm and r.vm not in seen and now - parse_time(r.finished) <= _NEW
+    ]
     if free < _LEAST_FREE:
         problems.append("no space left: less than 64 MiB are free")
     if not vms:
@@ -84,9 +105,17 @@ def status(repository: Repository, max_age: timedelta | None) -> Status:
     return Status(vms, found, free, space.f_blocks * space.f_frsize, damage, problems)
 
 
-def _vm(repository: Repository, vm: str, now: datetime, max_age: timedelta | None, found: list[Result]) -> VmStatus:
-    points = repository.points(vm)
-    moment = parse_time(points[-1].partition("-")[0])
+def _vm(
+    repository: Repository,
+    vm: str,
+    points: list[str],
+    found: list[Result],
+    *,
+    now: datetime,
+    max_age: timedelta | None,
+    max_verify_age: timedelta | None,
+) -> VmStatus:
+    moment = _moment(points[-1])
     age = now - moment
     state = VmStatus(
         vm=vm,
@@ -112,7 +141,24 @@ def _vm(repository: Repository, vm: str, now: datetime, max_age: timedelta | Non
             state.damaged += int(result.facts.get("damaged", len(result.facts.get("damage", []))))
             if not result.ok:
                 state.problems.append(f"{result.what}: {_outcome(result)}")
+            if result.what == "verify":
+                state.verified = _verified(result)
+    if max_verify_age is not None:
+        unchecked = now - (parse_time(state.verified) if state.verified else _moment(points[0]))
+        if unchecked > max_verify_age:
+            words = "the last verification is" if state.verified else "never verified, and the oldest point is"
+            state.problems.append(f"{words} {_hours(unchecked)} old, more than {_hours(max_verify_age)}")
     return state
+
+
+def _moment(point: str) -> datetime:
+    return parse_time(point.partition("-")[0])
+
+
+def _verified(result: Result) -> str | None:
+    """Return when all of a VM was verified last. Results of earlier versions do not say it apart."""
+    verified = result.facts.get("verified", result.finished if result.ok else None)
+    return verified if isinstance(verified, str) else None
 
 
 def _hours(span: timedelta) -> str:
@@ -155,14 +201,21 @@ def keep_verification(repository: Repository, vms: list[str], point: str | None,
             ]
             if point is not None and not damage and vm not in before:
                 continue  # one point says little about the VM
+        finished = results.now()
         result = Result(
             what="verify",
             vm=vm,
             ok=not damage,
-            finished=results.now(),
+            finished=finished,
             seconds=report.seconds,
             message=f"{len(damage)} damaged ranges or files" if damage else "",
-            facts={"sample": report.sample, "point": point, "damaged": len(damage), "damage": damage[:_KEPT]},
+            facts={
+                "sample": report.sample,
+                "point": point,
+                "verified": finished if point is None else _verified(before[vm]) if vm in before else None,
+                "damaged": len(damage),
+                "damage": damage[:_KEPT],
+            },
         )
         results.store(repository.path, result)
 
@@ -182,7 +235,7 @@ def write_metrics(state: Status | None, path: str) -> None:
     Source: prometheus.io, text-based exposition format.
 
     Raises:
-        UsageError: it can't be written there.
+        BackupfsError: it can't be written there.
     """
     temporary = f"{path}.{secrets.token_hex(8)}"
     try:
@@ -196,7 +249,7 @@ def write_metrics(state: Status | None, path: str) -> None:
                 os.unlink(temporary)
             raise
     except OSError as e:
-        raise UsageError(f"--metrics {path}: {e.strerror}") from e
+        raise BackupfsError(f"--metrics {path}: {e.strerror}; what is there may be old") from e
 
 
 def _metrics(state: Status | None) -> Iterator[str]:
@@ -218,6 +271,11 @@ def _metrics(state: Status | None) -> Iterator[str]:
         "newest_point_timestamp_seconds",
         "The moment of a VM's newest point.",
         [({"vm": v.vm}, parse_time(v.time).timestamp()) for v in vms],
+    )
+    yield from family(
+        "verified_timestamp_seconds",
+        "When all of a VM was verified last.",
+        [({"vm": v.vm}, parse_time(v.verified).timestamp()) for v in vms if v.verified],
     )
     yield from family("damaged", "Known damaged ranges and files.", [({"vm": v.vm}, v.damaged) for v in vms])
     last = [({"what": r.what, "vm": r.vm or ""}, r) for r in state.results]

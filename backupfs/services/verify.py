@@ -11,13 +11,13 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import blake3
 import numpy as np
 
-from backupfs.errors import Corrupt, NotFound, RepositoryError
+from backupfs.errors import Corrupt, Missing, NotFound, RepositoryError, UnsupportedFormat
 from backupfs.repository import catalog
 from backupfs.repository.format import HEADER_SIZE
 from backupfs.repository.index import Index
@@ -53,6 +53,7 @@ def verify(repository: Repository, vm: str | None, point: str | None, sample: fl
 
     Raises:
         NotFound: there is no such VM or point.
+        RepositoryError: something can't be opened, for want of rights for one. That is no damage.
     """
     began = time.monotonic()
     report = Report(sample)
@@ -77,6 +78,14 @@ def verify(repository: Repository, vm: str | None, point: str | None, sample: fl
     return report
 
 
+def check_sources(sources: Sequence[tuple[str | None, str]]) -> None:
+    """Open and close what a repair may take bytes from. Raises SourceError, UsageError."""
+    from backupfs.sources import open_source  # noqa: PLC0415, libnbd is not needed to verify
+
+    for _, spec in sources:
+        open_source(spec).close()
+
+
 def _manifests(repository: Repository, vm: str, point: str | None, report: Report) -> list[Manifest]:
     """Return the VM's good manifests, and report those that are not, of the points that are asked for."""
     found = []
@@ -85,7 +94,7 @@ def _manifests(repository: Repository, vm: str, point: str | None, report: Repor
             found.append(repository.manifest(vm, name))
         except NotFound:
             continue  # deleted meanwhile
-        except RepositoryError as e:
+        except (Corrupt, UnsupportedFormat) as e:
             if point in (None, name):
                 report.points += 1
                 path = catalog.manifest_path(repository.path, vm, name)
@@ -172,7 +181,7 @@ class _Chain:
                 continue
             self._report.damage.append(
                 Damage(
-                    kind="layer" if isinstance(error, NotFound) else kind,
+                    kind="layer" if isinstance(error, Missing) else kind,
                     vm=self._address.vm,
                     points=points,
                     disk=self._address.disk,
@@ -299,10 +308,10 @@ class _Chain:
                 chain_no = index.chain_no(vm, disk, self._address.name)
                 assert chain_no is not None
                 fault = _index_fault(index, chain_no, [x for x in lineage.layers if x.header.seq <= newest])
-            except NotFound:
+            except (NotFound, Missing):
                 whole.pop()  # deleted meanwhile
                 continue
-            except RepositoryError as e:
+            except (Corrupt, UnsupportedFormat) as e:
                 fault = 0, _what(e)
             if fault:
                 points = [point for seq, point in whole if seq >= fault[0]]
@@ -323,7 +332,7 @@ def _index_fault(index: Index, chain_no: int, layers: list[Layer]) -> tuple[int,
     """As `index_fault`; of layers that gc writes again meanwhile, or has, and was killed before it told the index.
 
     Raises:
-        NotFound: one is gone; so is a point, then.
+        Missing: one is gone; so is a point, then.
     """
     for _ in range(_TRIES):
         for layer in layers:

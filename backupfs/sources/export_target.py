@@ -1,8 +1,10 @@
 """NBD exports that a disk is restored to: a server's, or that of a qemu-nbd child, for image files."""
 
+import contextlib
 import os
 import subprocess
 from collections import deque
+from collections.abc import Iterator
 from contextlib import ExitStack
 from urllib.parse import quote
 
@@ -14,10 +16,12 @@ from backupfs.sources.export import NbdSource
 from backupfs.sources.nbd import Request
 from backupfs.sources.qemu_nbd import listening
 from backupfs.sources.source import align, split
-from backupfs.units import GiB, MiB
+from backupfs.units import MiB
 
 _WINDOW = 16 * MiB  # sent and not yet answered
-_UNFLUSHED = 4 * GiB  # written at most between two flushes: one has to be done within the time limit
+# Written at most between two flushes: what a killed qemu-nbd did not flush has no tables that lead to it, so the next
+# try would write it again; and a flush has to be done within the time limit.
+_UNFLUSHED = 256 * MiB
 _TIMEOUT_S = 300.0  # a server that has to put gigabytes on a disk is silent for long
 _ZEROED = 32 * MiB  # in one request: a server that has to write them answers in time
 
@@ -42,6 +46,8 @@ class NbdTarget(NbdSource):
         self._pending = 0  # requests
         self._sent = 0  # bytes
         self._unflushed = 0  # bytes
+        self._flushed: deque[Request] = deque()
+        self._flushing = False
         if not self._wire.can("write"):
             self.close()
             raise TargetError(f"{self.description}: the export is read-only")
@@ -59,7 +65,8 @@ class NbdTarget(NbdSource):
             part = data[position - first :][:count]
             self._unflushed += count
             if self._unflushed > _UNFLUSHED:
-                self.flush()
+                self._end_flush()
+                self._begin_flush()
             self._wire.ask_write(self._request(position, count, part))
 
     def zero(self, offset: int, length: int) -> None:
@@ -93,13 +100,38 @@ class NbdTarget(NbdSource):
     def flush(self) -> None:
         """See `Target.flush`. A server that has no flush promises that what is done is on the disk."""
         self._settle(0)
+        self._end_flush()
+        self._begin_flush()
+        self._end_flush()
+
+    def _begin_flush(self) -> None:
+        """Have put on the disk what is done by now, while more is written."""
         self._unflushed = 0
         if self._wire.can("flush"):
-            self._wire.ask_flush(self._request(0, 0, None))
-            while self._pending:
-                self._wire.wait(self._answered)
-                self._pending -= 1
-                self._raise_error("flushing after", self._answered.popleft())
+            self._wire.ask_flush(Request(0, 0, self._flushed))
+            self._flushing = True
+
+    def _end_flush(self) -> None:
+        """Wait for what `_begin_flush` began. Raises as `write`."""
+        if self._flushing:
+            self._wire.wait(self._flushed)
+            self._flushing = False
+            self._raise_error("flushing after", self._flushed.popleft())
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """When the block is broken off, have put on the disk what is done by then, as far as that can be.
+
+        qemu-nbd keeps the tables that lead to it in memory, and is killed when this is closed.
+        """
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(SourceError):
+                self._flushed, self._flushing = deque(), False  # whatever was broken off where
+                self._begin_flush()
+                self._end_flush()
+            raise
 
     def close(self) -> None:
         """See `Image.close`."""

@@ -252,7 +252,7 @@ class Wire:
         self._ask(request, lambda handle: handle.aio_flush())
 
     def _ask(self, request: Request, send: Callable[[nbd.NBD], int]) -> None:
-        with self._lock:
+        with interrupts.deferred(), self._lock:  # what was sent and is not remembered would be answered to nobody
             self._check()
             connection = min(self._ready, key=lambda c: c.load)
             try:

@@ -1,5 +1,6 @@
 """Restores that are interrupted or killed: no half of a disk under the name, and the same command goes on."""
 
+import contextlib
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ from backupfs.services.restore import PARTIAL
 from backupfs.units import MiB
 
 SIZE = 192 * MiB
+DATA = SIZE // 16 * 12
 ROUNDS = 60 if os.environ.get("BACKUPFS_LONG") else 3
 
 
@@ -89,6 +91,57 @@ def test_broken_off_and_again(
     run("qemu-img", "compare", "-f", "raw", "-F", image_format, original, target)
     assert not partial.exists()
     assert not [c for c in children_of_backupfs() if str(partial) in c]
+
+
+def test_an_interrupted_qcow2_has_what_was_written(disk: tuple[Path, Path], tmp_path: Path) -> None:
+    """The tables that lead to it are in qemu-nbd's memory until they are flushed."""
+    repo, original = disk
+    target, partial = tmp_path / "restored", tmp_path / f"restored{PARTIAL}"
+    command = [*BACKUPFS, "-r", str(repo), "restore", "web01/latest/vda", str(target), "--format", "qcow2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not partial.exists() or partial.stat().st_blocks * 512 < 60 * MiB:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    done = backupfs_json(repo, "restore", "web01/latest/vda", target, "--format", "qcow2")
+    assert done["resumed"]
+    assert done["written"] <= DATA - 40 * MiB  # what was on its way may be lost
+    run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", original, target)
+
+
+@pytest.mark.parametrize("options", [["--differential"], []])
+def test_an_interrupted_restore_in_place_says_what_is_left(
+    disk: tuple[Path, Path], tmp_path: Path, options: list[str]
+) -> None:
+    repo, original = disk
+    target = tmp_path / "there.raw"
+    with open(target, "xb") as file:
+        file.truncate(SIZE)
+    with contextlib.ExitStack() as stack:
+        where = str(target)
+        if not options:  # into nothing but zeroes
+            stack.callback(
+                subprocess.run, ["losetup", "--detach", where := run("losetup", "-f", "--show", target).strip()]
+            )
+        command = [*BACKUPFS, "-r", str(repo), "restore", "web01/latest/vda", where, *options]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 60
+        while target.stat().st_blocks * 512 < 2 * MiB:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert f"interrupted; {where} is a mixture".encode() in said
+        assert (b"the same command makes" if options else b"the same command with --differential") in said
+        assert b"half published" not in said
+        backupfs(repo, "restore", "web01/latest/vda", where, "--differential")
+        run("cmp", original, where)
 
 
 def test_an_interrupted_replacement_leaves_the_old_file(disk: tuple[Path, Path], tmp_path: Path) -> None:

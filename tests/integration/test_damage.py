@@ -11,9 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import BACKUPFS, backupfs
 from repositories import add_point, read_point
+from servers import need
 
-from backupfs.errors import BackupfsError, Corrupt, Locked, NotFound, RepositoryError, UnsupportedFormat, UsageError
+from backupfs.errors import (
+    BackupfsError,
+    Corrupt,
+    Locked,
+    Missing,
+    NotFound,
+    RepositoryError,
+    UnsupportedFormat,
+    UsageError,
+)
 from backupfs.repository import manifest
 from backupfs.repository.repository import Repository
 
@@ -250,8 +261,86 @@ def test_a_cut_or_missing_layer_hurts_only_the_points_that_see_it(repo: tuple[Pa
         with pytest.raises(Corrupt, match=r"000003\.layer"):
             read_point(repository, ids[3])
     layer.unlink()
-    with Repository.open(str(path)) as repository, pytest.raises(NotFound, match=r"000003\.layer"):
+    with Repository.open(str(path)) as repository, pytest.raises(Missing, match=r"000003\.layer"):
         read_point(repository, ids[3])
+
+
+def test_a_missing_layer_is_damage_and_a_new_chain_the_way_on(
+    repo: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    """What a manifest names must be there; NotFound, 10, is for what the user named."""
+    path, points = repo
+    missing = path / "vms/web01/disks/vda/main" / f"{len(points) - 1:06d}.layer"
+    missing.unlink()
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(points[max(points)])
+    for words in (
+        ("gc",),
+        ("gc", "--dry-run"),
+        ("verify",),
+        ("restore", "web01/latest/vda", tmp_path / "restored.raw"),
+        ("backup", "web01", f"vda={disk}"),
+    ):
+        said = backupfs(path, *words, code=20)
+        assert str(missing) in said
+        assert ("--full begins a new one" in said) == (words[0] == "backup")
+    assert not list(tmp_path.glob("restored*"))
+    backupfs(path, "backup", "web01", f"vda={disk}", "--full")
+    backupfs(path, "restore", "web01/latest/vda", tmp_path / "restored.raw")
+    assert (tmp_path / "restored.raw").read_bytes() == disk.read_bytes()
+
+
+def test_what_one_may_not_read_is_not_damaged(repo: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
+    """That is an error of the place where the program runs, which is named: nothing is to be repaired."""
+    need("setpriv")
+    path, points = repo
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    # Root reads everything, but for this.
+    command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *BACKUPFS, "-r", str(path), "verify"]
+    layer = path / "vms/web01/disks/vda/main/000003.layer"
+    point = path / "vms/web01/points" / f"{max(points)}.json"
+
+    def verify() -> tuple[int, str]:
+        environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert "DAMAGED" not in done.stdout
+        return done.returncode, done.stderr
+
+    assert verify() == (0, "")
+    for file in (path / "index/data.mdb", path / "index/lock.mdb", layer, point):
+        mode = file.stat().st_mode
+        file.chmod(0)
+        code, said = verify()
+        assert code == 1
+        assert str(file) in said
+        assert "Permission denied" in said
+        file.chmod(mode)
+    shutil.rmtree(path / "index")
+    path.chmod(0o500)  # so the index has to be in the cache
+    cache.chmod(0o500)
+    code, said = verify()
+    assert (code, f"{cache}/backupfs" in said) == (1, True)
+    for folder in (path, cache):
+        folder.chmod(0o700)
+    assert verify() == (0, "")
+
+
+@pytest.mark.parametrize("name", ["index/data.mdb", "index/lock.mdb", "index.lock", "lock"])
+def test_links_are_not_written_through(repo: tuple[Path, dict[str, bytes]], tmp_path: Path, name: str) -> None:
+    path, points = repo
+    other = tmp_path / "other"
+    if name == "index/data.mdb":
+        (path / name).rename(other)  # one that could be opened
+    else:
+        (path / name).unlink(missing_ok=True)
+        other.write_bytes(b"somebody else's")
+    before = other.read_bytes()
+    (path / name).symlink_to(other)
+    refused = pytest.raises(RepositoryError, match=f"{name}: .*symbolic link")
+    with Repository.open(str(path)) as repository, refused, repository.writer():
+        read_point(repository, max(points))
+    assert other.read_bytes() == before
 
 
 def test_a_missing_layer_is_not_passed_over_by_reindex(
@@ -267,7 +356,7 @@ def test_a_missing_layer_is_not_passed_over_by_reindex(
         for point in ids[:3]:
             assert read_point(repository, point) == points[point]
         for point in ids[3:]:
-            with pytest.raises((Corrupt, NotFound)):
+            with pytest.raises(Corrupt):
                 read_point(repository, point)
 
 
@@ -328,6 +417,13 @@ def test_init_refuses(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="not empty"):
         Repository.init(str(tmp_path))
+    fresh = tmp_path / "fresh"  # an ext4 that was just made has such a folder
+    (fresh / "lost+found").mkdir(parents=True)
+    (fresh / "lost+found/#12").write_text("")
+    with pytest.raises(UsageError, match="not empty"):
+        Repository.init(str(fresh))
+    (fresh / "lost+found/#12").unlink()
+    Repository.init(str(fresh))
     with pytest.raises(UsageError, match="power of two"):
         Repository.init(str(tmp_path / "new"), chunk_size=5000)
     with pytest.raises(RepositoryError):

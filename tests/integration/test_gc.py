@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from commands import backupfs
 from reader import Reader
 from repositories import MOMENT, add_point, read_point
 
@@ -247,7 +248,7 @@ def test_gc_refuses_when_something_is_damaged(disk: Disk, what: str) -> None:
     else:
         damage(path, {"header": 30, "row": -72 - 8 - 100, "trailer": -20}[what])
     before = disk.taken()
-    with pytest.raises((Corrupt, NotFound)):
+    with pytest.raises(Corrupt):
         gc(disk.repository)
     assert disk.taken() == before
     assert disk.layer(4).exists()
@@ -318,12 +319,43 @@ def test_a_layer_with_another_name_is_left_whole(disk: Disk) -> None:
     subprocess.run(["cp", "-al", disk.path, copy], check=True)
     (copy / "lock").unlink()
     disk.delete(ids[0], ids[4])
+    promised = gc(disk.repository, dry_run=True)
+    said = backupfs(disk.path, "gc", "--dry-run")
+    assert "have other names" in said
+    assert "makes no holes" not in said
     report = gc(disk.repository)
     assert report.stuck > 0
+    assert (report.linked, promised.stuck, promised.linked) == (report.stuck,) * 3
     disk.check()
     with Repository.open(str(copy)) as repository:
         for point, data in points.items():
             assert read_point(repository, point) == data
+
+
+def test_a_dry_run_needs_no_right_to_write(disk: Disk, tmp_path: Path) -> None:
+    ids = list(disk.points)
+    disk.delete(ids[0], ids[4])
+    disk.repository.close()
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    subprocess.run(["mount", "--bind", disk.path, folder], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        said = backupfs(folder, "gc", "--dry-run")
+        assert "lock: Read-only file system" in backupfs(folder, "gc", code=1)
+        with disk.repository.writer():
+            assert "is writing to this repository" in backupfs(folder, "gc", "--dry-run", "--no-wait", code=11)
+    finally:
+        subprocess.run(["umount", folder], check=True)
+    assert said == backupfs(disk.path, "gc", "--dry-run")
+
+
+def test_a_stray_file_is_no_vm(disk: Disk) -> None:
+    (disk.path / "vms/notes.txt").write_text("mine")
+    disk.delete(next(iter(disk.points)))
+    assert gc(disk.repository).freed > 0
+    assert disk.repository.vms() == [VM]
+    disk.check()
 
 
 @pytest.mark.parametrize(("code", "stuck"), [(errno.EIO, False), (errno.EOPNOTSUPP, True)])
@@ -338,7 +370,8 @@ def test_holes_that_can_not_be_made(disk: Disk, monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(space, "_libc", Failing)
     if stuck:
-        assert gc(disk.repository).stuck > 0
+        report = gc(disk.repository)
+        assert (report.stuck > 0, report.linked) == (True, 0)
     else:
         with pytest.raises(RepositoryError, match="Input/output"):
             gc(disk.repository)

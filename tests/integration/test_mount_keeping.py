@@ -5,6 +5,7 @@ import errno
 import os
 import random
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,29 @@ def mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[P
             with contextlib.suppress(OSError):
                 if folder.name.isdecimal() and str(path).encode() in (folder / "cmdline").read_bytes():
                     os.kill(int(folder.name), signal.SIGKILL)
+
+
+def test_what_is_not_damaged_comes_out_with_dd(mounted: tuple[Path, Path]) -> None:
+    """As README says where `restore` ends because of a damaged chunk."""
+    repo, path = mounted
+    content = random.Random(2).randbytes(40 * CHUNK + 5000)
+    with Repository.open(str(repo)) as repository:
+        point = add_point(repository, content).id
+    raw = repo / "vms/web01/disks/vda/main/000000.raw"
+    raw.chmod(0o600)
+    with open(raw, "r+b") as file:
+        file.seek(7 * CHUNK + 100)
+        file.write(b"?")
+    assert f"offset {7 * CHUNK} length {CHUNK} of web01/{point}/vda" in backupfs(
+        repo, "restore", "web01/latest/vda", repo.parent / "disk.raw", code=20
+    )
+    backupfs(repo, "mount", path)
+    copy = repo.parent / "copy.raw"
+    words = [f"if={path}/web01/latest/vda.raw", f"of={copy}", "bs=64K", "conv=noerror,sync,sparse"]
+    assert b"error" in subprocess.run(["dd", *words], capture_output=True, check=False).stderr
+    os.truncate(copy, len(content))
+    assert copy.read_bytes() == content[: 7 * CHUNK] + bytes(CHUNK) + content[8 * CHUNK :]
+    backupfs(repo, "umount", path)
 
 
 def test_delete_and_gc_beside_a_mount(mounted: tuple[Path, Path]) -> None:

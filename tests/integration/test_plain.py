@@ -10,7 +10,7 @@ import pytest
 from commands import backupfs, backupfs_json
 from repositories import add_point, read_point
 
-from backupfs.errors import Corrupt, NotFound, RepositoryError, TargetError
+from backupfs.errors import Corrupt, Missing, RepositoryError, TargetError
 from backupfs.extents import Extent
 from backupfs.repository.format import PLAIN_VERSION, VERSION
 from backupfs.repository.layer import Layer
@@ -214,7 +214,7 @@ def test_an_image_that_is_missing_or_cut_off(repository: Repository, tmp_path: P
 
     by_hand = f"truncate -s {len(DISK)} {whole}"
     for change, error, advice in (
-        (whole.unlink, NotFound, "only a copy"),
+        (whole.unlink, Missing, "only a copy"),
         (short, Corrupt, by_hand),
         (longer, Corrupt, by_hand),
     ):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from commands import backupfs
 from repositories import add_point
 from servers import nbdkit, need, qemu_nbd, run, storage_daemon
 
@@ -425,9 +426,15 @@ def test_damage_is_an_error_and_nothing_gets_the_name(repository: Repository, tm
     data[MiB] ^= 1
     layer.chmod(0o600)
     layer.write_bytes(data)
-    with pytest.raises(Corrupt):
+    number = 16 if layer.suffix == ".raw" else 15  # a layer begins with its header
+    where = f"offset {number * 65536} length 65536 of web01/{point}/vda"
+    with pytest.raises(Corrupt, match=f"{where}.*verify web01 --repair --from vda=.*conv=noerror"):
         restore(repository, point, tmp_path / "disk.raw")
     assert not (tmp_path / "disk.raw").exists()
+    (tmp_path / "source.raw").write_bytes(FIRST)
+    backupfs(tmp_path / "repo", "verify", "web01", "--repair", "--from", f"vda={tmp_path / 'source.raw'}")
+    assert restore(repository, point, tmp_path / "disk.raw").resumed
+    assert (tmp_path / "disk.raw").read_bytes() == FIRST
 
 
 def test_a_small_disk_and_an_empty_one(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import pytest
 from commands import BACKUPFS, backupfs, backupfs_json
 from repositories import add_point, read_point
 
-from backupfs.errors import Locked, UsageError
+from backupfs.errors import BackupfsError, Locked, UsageError
 from backupfs.repository import results
+from backupfs.repository.manifest import open_sealed, seal
 from backupfs.repository.repository import Repository
 from backupfs.services.edit import edit
 from backupfs.services.status import Status, status, write_metrics
@@ -36,8 +37,19 @@ def run_status(repo: Path, *words: str) -> tuple[int, dict[str, object]]:
     return done.returncode, json.loads(done.stdout)
 
 
-def look(repository: Repository, max_age: timedelta | None = None) -> Status:
-    return status(repository, max_age)
+def look(repository: Repository, max_age: timedelta | None = None, max_verify_age: timedelta | None = None) -> Status:
+    return status(repository, max_age, max_verify_age)
+
+
+def age(repo: Path, name: str, days: float) -> None:
+    """Make a result as old as that."""
+    path = repo / "status" / f"{name}.json"
+    found = open_sealed(path.read_bytes(), str(path), results.Result)
+    then = datetime.now(UTC) - timedelta(days=days)
+    found.finished = then.isoformat(timespec="seconds").replace("+00:00", "Z")
+    if "verified" in found.facts:
+        found.facts["verified"] = found.finished
+    path.write_bytes(seal(found))
 
 
 def test_edit_changes_what_a_person_may_change(repo: Path) -> None:
@@ -65,8 +77,6 @@ def test_edit_changes_what_a_person_may_change(repo: Path) -> None:
 
 
 def test_edit_keeps_what_it_does_not_know(repo: Path) -> None:
-    from backupfs.repository.manifest import seal
-
     with Repository.open(str(repo)) as repository:
         point = repository.points("web01")[0]
         path = repo / "vms/web01/points" / f"{point}.json"
@@ -159,6 +169,74 @@ def test_a_repository_that_can_not_be_looked_at_is_not_ok(repo: Path, tmp_path: 
     assert [line for line in path.read_text().splitlines() if not line.startswith("#")] == ["backupfs_ok 0"]
 
 
+def test_what_was_wrong_with_a_vm_that_is_gone_is_no_worry(repo: Path, tmp_path: Path) -> None:
+    """Nothing could take it away: `verify` finds no such VM."""
+    with Repository.open(str(repo)) as repository:
+        add_point(repository, b"x" * 100 * KiB, vm="gone")
+        layer = next((repo / "vms/gone/disks").rglob("*.layer"))
+        layer.chmod(0o600)
+        with open(layer, "r+b") as file:
+            file.seek(4096 + 7)
+            file.write(b"?")
+        backupfs(repo, "verify", code=20)
+        backupfs(repo, "backup", "gone", f"vda={repo}/nothing", code=30)
+        assert len(look(repository).damage) == 1
+        assert len(look(repository).problems) == 2
+        backupfs(repo, "delete", "gone/latest")
+        backupfs(repo, "gc")
+        backupfs(repo, "verify")
+        state = look(repository)
+        assert state.damage == []
+        assert [(r.what, r.vm) for r in state.results if not r.ok] == [("backup", "gone")]
+        assert [p.startswith("gone: it has no points; backup: ") for p in state.problems] == [True]
+        age(repo, "backup-gone", 9)
+        assert look(repository).problems == []
+        write_metrics(look(repository), str(tmp_path / "backupfs.prom"))
+        assert 'what="verify",vm="gone"' not in (tmp_path / "backupfs.prom").read_text()
+    assert "backup gone: FAILED" in backupfs(repo, "status")
+
+
+def test_a_verification_gets_too_old(repo: Path, tmp_path: Path) -> None:
+    week = timedelta(days=8)
+    with Repository.open(str(repo)) as repository:
+        assert look(repository, None, timedelta(days=36_500)).problems == []  # not before its points are so old
+        disk = tmp_path / "disk.raw"
+        disk.write_bytes(bytes(KiB))
+        backupfs(repo, "backup", "old", f"vda={disk}", "--time", "2020-01-01T00:00:00Z")
+        (problem,) = look(repository, None, timedelta(days=300)).problems
+        assert problem.startswith("old: never verified, and the oldest point is ")
+        backupfs(repo, "verify", "--sample", "50%")
+        assert look(repository, None, week).problems == []
+        age(repo, "verify-old", 9)
+        (problem,) = look(repository, None, week).problems
+        assert problem.startswith("old: the last verification is 216.0 h old, more than 192.0 h")
+        backupfs(repo, "verify", "old/latest")  # one point is not all of it
+        assert look(repository, None, week).problems == [problem]
+        monday = look(repository).vms[0].verified
+        write_metrics(look(repository), str(tmp_path / "backupfs.prom"))
+        assert monday is not None
+        stamp = int(datetime.fromisoformat(monday).timestamp())
+        line = f'backupfs_verified_timestamp_seconds{{vm="old"}} {stamp}'
+        assert line in (tmp_path / "backupfs.prom").read_text().splitlines()
+        code, found = run_status(repo, "--max-verify-age", "8d")
+        assert (code, found["problems"]) == (1, [problem])
+        backupfs(repo, "verify", "old")
+        assert look(repository, None, week).problems == []
+
+
+def test_metrics_that_can_not_be_written_hide_nothing(repo: Path, tmp_path: Path) -> None:
+    command = [*BACKUPFS, "-r", str(repo), "status", "--metrics", str(tmp_path / "no" / "file")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout.startswith("GOOD: 1 VMs\n")
+    assert "No such file" in done.stderr
+    command[command.index("-r") + 1] = str(tmp_path / "none")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 10
+    assert "No such file" in done.stderr
+    assert "is not a repository" in done.stderr
+
+
 def test_the_first_line_says_it(repo: Path) -> None:
     assert backupfs(repo, "status").splitlines()[0] == "GOOD: 1 VMs"
     command = [*BACKUPFS, "-r", str(repo), "status", "--max-age", "0h"]
@@ -192,7 +270,7 @@ def test_metrics_are_prometheus_text(repo: Path, tmp_path: Path) -> None:
         add_point(repository, b"x", vm='a "b" \\ c')
         backupfs(repo, "verify")
         write_metrics(look(repository), str(path))
-        with pytest.raises(UsageError, match="No such file"):
+        with pytest.raises(BackupfsError, match="No such file"):
             write_metrics(look(repository), str(tmp_path / "no" / "file"))
     lines = path.read_text().splitlines()
     sample = re.compile(

@@ -10,8 +10,10 @@ from servers import need
 
 import backupfs
 from backupfs.cli import cli
+from backupfs.repository import catalog
 
 UNITS = sorted((Path(backupfs.__file__).parent.parent / "tools" / "systemd").iterdir())
+SERVICES = [u for u in UNITS if u.suffix == ".service"]
 PROGRAM = "/usr/local/bin/backupfs"
 
 
@@ -27,7 +29,17 @@ def test_systemd_takes_it(unit: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("unit", [u for u in UNITS if u.suffix == ".service"], ids=lambda p: p.name)
+@pytest.mark.parametrize("unit", SERVICES, ids=lambda p: p.name)
+def test_all_have_one_cache_that_they_may_write_to(unit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index of a repository on NFS is there, and the units' home is read-only."""
+    settings = dict(line.split("=", 1) for line in unit.read_text().splitlines() if re.match(r"[A-Z]\w+=", line))
+    name, _, folder = settings["Environment"].partition("=")
+    monkeypatch.setenv(name, folder)
+    # Where systemd makes it. Source: systemd.exec(5), CacheDirectory=
+    assert catalog.cache_folder() == f"/var/cache/{settings['CacheDirectory']}"
+
+
+@pytest.mark.parametrize("unit", SERVICES, ids=lambda p: p.name)
 def test_the_commands_are_there(unit: Path) -> None:
     found = re.findall(rf"^Exec\w+=-?{PROGRAM} (\w+)(.*)$", unit.read_text(), re.MULTILINE)
     assert found

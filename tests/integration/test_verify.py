@@ -369,6 +369,8 @@ def test_the_command(repository: Repository, tmp_path: Path) -> None:
     backupfs(repo, "verify")
     assert json.loads(_output(repo, "status", "--json"))["ok"]
     backupfs(repo, "verify", "--from", f"vda={source}", code=2)
+    assert "missing.raw" in backupfs(repo, "verify", "--repair", "--from", f"vda={tmp_path}/missing.raw", code=30)
+    assert json.loads(_output(repo, "status", "--json"))["ok"], "it did not begin"
     backupfs(repo, "verify", "--sample", "200%", code=2)
     backupfs(repo, "verify", "nobody", code=10)
     with pytest.raises(BackupfsError):
