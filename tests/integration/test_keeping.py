@@ -419,7 +419,7 @@ class Keeping(RuleBasedStateMachine):
 
 TestKeeping = Keeping.TestCase
 TestKeeping.settings = settings(
-    max_examples=200 if LONG else 18,
+    max_examples=200 if LONG else 14,
     stateful_step_count=60 if LONG else 40,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate, *([Phase.shrink] if LONG else [])],  # that takes minutes
