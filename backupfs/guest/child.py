@@ -12,6 +12,7 @@ import os
 import resource
 import socket
 import struct
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from backupfs.units import KiB, MiB
 
 _LINE = 3
 _BLOCK, _KEPT = 64 * KiB, 256
+_TOGETHER_S = 0.5  # that attributes of several inodes may take: far less than the parent's patience
 _MEMORY = 1024 * MiB  # of address space
 _NOBODY = 65534
 _NO_NEW_PRIVILEGES, _DIE_WITH_PARENT, _NEW_NETWORK = 38, 1, 0x40000000  # source: linux/prctl.h, linux/sched.h
@@ -93,6 +95,24 @@ def _contents(system: FileSystem, largest: int, inodes: Sequence[int]) -> messag
     return messages.ContentsAnswer(found)
 
 
+def _xattrs_of(system: FileSystem, inodes: Sequence[int]) -> messages.XattrsOfAnswer:
+    """Return the extended attributes of the inodes, or of the first ones, if they are many or take long."""
+    found: list[list[tuple[bytes, bytes]] | None] = []
+    left, until = messages.LARGEST_XATTRS, time.monotonic() + _TOGETHER_S
+    for inode in inodes:
+        if found and (left <= 0 or time.monotonic() > until):
+            break
+        pairs: list[tuple[bytes, bytes]] | None = None
+        with contextlib.suppress(*_DAMAGE, BackupfsError):
+            pairs = list(system.xattrs(inode).items())
+            size = sum(len(name) + len(value) for name, value in pairs)
+            left -= size
+            if size > messages.LARGEST_XATTRS:
+                pairs = None
+        found.append(pairs)
+    return messages.XattrsOfAnswer(found)
+
+
 def _list(line: socket.socket, system: Parser, inode: int) -> messages.ListAnswer:
     """Send what is in a folder, as it is found, but the last of it: that is returned."""
     rows: list[tuple[bytes, messages.StatRow]] = []
@@ -109,6 +129,8 @@ def _answer(line: socket.socket, system: Parser, ask: messages.Ask) -> messages.
         return _list(line, system, *ask.arguments)
     if ask.method == "contents":
         return _contents(system, ask.arguments[0], ask.arguments[1:])
+    if ask.method == "xattrs_of":
+        return _xattrs_of(system, ask.arguments)
     assert ask.method in _METHODS
     found: Any = getattr(system, ask.method)(*ask.arguments)
     match ask.method:

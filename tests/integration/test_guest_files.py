@@ -289,6 +289,58 @@ def test_what_a_process_says_does_nothing_to_a_terminal(system: GuestFileSystem)
     assert str(caught.value) == "1: \\x1b[2J"
 
 
+def test_attributes_of_several_files(system: GuestFileSystem, tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", tmp_path / "mnt") as root:
+        for number in range(40):
+            (root / f"file {number}").touch()
+            os.setxattr(root / f"file {number}", "security.selinux", b"label %d" % number)
+        inodes = [(root / f"file {number}").stat().st_ino for number in range(40)]
+    system.rest()  # what it knows is older
+    expected = [{b"security.selinux": b"label %d" % number} for number in range(40)]
+    assert system.xattrs_of(inodes) == expected
+    damage_inode(tmp_path / "disk", inodes[7], KiB)
+    system.rest()
+    assert system.xattrs_of([*inodes[:10], 10**9]) == [*expected[:7], None, *expected[8:10], None]
+    with pytest.raises(GuestError, match="is damaged"):
+        system.xattrs(inodes[7])
+
+
+def test_attributes_of_several_files_are_bounded(system: GuestFileSystem, tmp_path: Path) -> None:
+    run("mkfs.ext4", "-q", "-F", "-O", "ea_inode", tmp_path / "disk")
+    with mounted(tmp_path / "disk", tmp_path / "mnt") as root:
+        for number in range(60):
+            (root / f"file {number}").touch()
+            os.setxattr(root / f"file {number}", "user.large", b"%02d" % number * 25_000)
+        for name in ("a", "b") * 12:
+            os.setxattr(root / "file 0", "user." + name * 20 + str(len(os.listxattr(root / "file 0"))), bytes(50_000))
+        inodes = [(root / f"file {number}").stat().st_ino for number in range(60)]
+    system.rest()
+    found = system.xattrs_of(inodes)
+    assert found == [None], "more than a MiB of one file: for who asks for it alone"
+    assert sum(map(len, system.xattrs(inodes[0]).values())) > MiB
+    found = system.xattrs_of(inodes[1:])
+    assert 20 <= len(found) <= 21
+    assert found == [{b"user.large": b"%02d" % number * 25_000} for number in range(1, len(found) + 1)]
+
+
+def test_a_process_that_tells_of_other_attributes_is_not_believed(system: GuestFileSystem) -> None:
+    lies: tuple[list[list[tuple[bytes, bytes]] | None], ...] = ([], [[]] * 4)
+    for lie in (*lies, [[(b"a\0b", b"1"), (b"", b"2"), (b"user.x", bytes(70_000)), (b"user.y", b"3")]]):
+        ours, theirs = socket.socketpair()
+        assert system.stat(system.root)
+        assert system._line is not None
+        system._line.close()
+        system._line = ours
+        with theirs:
+            messages.send(theirs, messages.XattrsOfAnswer(lie))
+            if len(lie) == 1:
+                assert system.xattrs_of([12, 13, 14]) == [{b"user.y": b"3"}]
+            else:
+                with pytest.raises(GuestError, match="were answered"):
+                    system.xattrs_of([12, 13, 14])
+        system.rest()
+
+
 def test_idle_processes_go_away(system: GuestFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guest_process, "_MOST", 2)
     others = [GuestFileSystem("1", FileImage(tmp_path / "disk"), "ext", "ext4", system._crew) for _ in range(2)]
