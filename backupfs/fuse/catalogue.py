@@ -128,7 +128,10 @@ class ManyFiles(FileSystem, Protocol):
         """Return files' contents; None: it is larger than `largest`, can't be read, or is not to be had with others."""
 
     def xattrs_of(self, inodes: Sequence[int]) -> Sequence[Mapping[bytes, bytes] | None]:
-        """Return the extended attributes of inodes, of the first ones at least; None as of `contents`."""
+        """Return the extended attributes of inodes, of the first one at least; None as of `contents`.
+
+        Those of several that have the same may be one object.
+        """
 
 
 class GuestVolume(Protocol):

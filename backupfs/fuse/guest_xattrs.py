@@ -8,10 +8,11 @@ several inodes have is kept once. From any thread.
 
 import errno
 import threading
+from array import array
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from backupfs.errors import BackupfsError
 from backupfs.filesystem import Stat
@@ -48,34 +49,54 @@ class _Shared:
     """Attributes that so many inodes have, and the bytes that they take."""
 
     xattrs: Xattrs
+    pairs: tuple[tuple[bytes, bytes], ...]
     cost: int
     users: int = 0
 
 
 class _Folder:
-    """The inodes of a folder that may have attributes."""
+    """The inodes of a folder that may have attributes, in the orders that programs go in.
 
-    def __init__(self, named: Sequence[tuple[bytes, int]]) -> None:
-        self._named = named
+    Those are `ls`'s, as it is listed; that of the names; and `cp`'s, that of the inodes. In arrays: a folder may have a
+    million names.
+    """
 
-    @cached_property
-    def _orders(self) -> Sequence[tuple[list[int], Mapping[int, int]]]:
-        """The orders that programs go in, `ls`, `sort`ed names and `cp`; each with the places in it."""
-        by_name = [inode for _, inode in sorted(self._named)]
-        orders = [inode for _, inode in self._named], by_name, sorted(by_name)
-        return [(order, {inode: place for place, inode in enumerate(order)}) for order in orders]
+    def __init__(self, found: Mapping[bytes, Stat]) -> None:
+        self._found = found
+        self._inodes = array("Q")  # sorted
+        self._orders: list[tuple[array[int], array[int]]] = []  # and the place in it of each of _inodes
+
+    def _look(self) -> None:
+        """Find the orders when somebody asks for attributes, not before."""
+        listed = [s.inode for s in self._found.values() if _may_have(s)]
+        by_name = [self._found[name].inode for name in sorted(self._found) if _may_have(self._found[name])]
+        self._found = {}
+        self._inodes = array("Q", sorted(set(listed)))
+        numbers = {inode: number for number, inode in enumerate(self._inodes)}
+        for order in (listed, by_name, self._inodes):
+            places = array("I", bytes(4 * len(numbers)))
+            for place, inode in enumerate(order):
+                places[numbers[inode]] = place
+            self._orders.append((array("Q", order), places))
 
     def next(self, inode: int, known: Container[int]) -> list[int]:
         """Return what to ask for together with an inode: more, the more of those before it are known already."""
-        longest, following = 0, list[int]()
+        if not self._orders:
+            self._look()
+        number = bisect_left(self._inodes, inode)
+        longest, following = 0, array("Q")
         for order, places in self._orders:
-            place = places[inode]
+            place = places[number]
             run = 0 if place else 1
             while run < min(place, _MOST // 2) and order[place - run - 1] in known:
                 run += 1
             if run > longest:
                 longest, following = run, order[place + 1 : place + min(max(2 * run, _FIRST), _MOST)]
         return [inode, *(other for other in following if other not in known)]
+
+
+def _may_have(found: Stat) -> bool:
+    return found.has_xattrs and found.mode != 0 and 0 <= found.inode < 2**64  # without a mode it can't be read
 
 
 class GuestXattrs:
@@ -105,12 +126,12 @@ class GuestXattrs:
 
     def note(self, found: Mapping[bytes, Stat]) -> None:
         """Know a folder that was listed."""
-        named = [(name, s.inode) for name, s in found.items() if s.has_xattrs and s.mode]
-        folder = _Folder(named)
+        folder = _Folder(found)
+        inodes = [s.inode for s in found.values() if _may_have(s)]
         with self._lock:
-            if len(self._folders) + len(named) > _NAMES:
+            if len(self._folders) + len(inodes) > _NAMES:
                 self._folders.clear()
-            self._folders.update((inode, folder) for _, inode in named)
+            self._folders.update(dict.fromkeys(inodes, folder))
 
     def at_hand(self, inode: int) -> Xattrs | None:
         """Return an inode's attributes if they are known. Does not block."""
@@ -121,7 +142,11 @@ class GuestXattrs:
         """Return an inode's attributes, and read some more. May block. Raises BackupfsError."""
         with self._reading:  # the parser does one thing at a time, and who waited for it finds more at hand
             known = self.at_hand(inode) or self._read_many(inode)
-            return known or self._remember(inode, shown(self._ask(inode)))
+            if known is None:
+                shared = self._share(self._ask(inode))
+                self._keep(inode, shared)
+                known = shared.xattrs
+            return known
 
     def _read_many(self, inode: int) -> Xattrs | None:
         folder = self._folders.get(inode)
@@ -134,33 +159,28 @@ class GuestXattrs:
             found = self._ask_many(inodes)
         except BackupfsError:
             found = [None] * len(inodes)  # who asks for one alone is told, and it is one that killed the parser
+        different = {id(xattrs): xattrs for xattrs in found}
+        shared = {key: None if xattrs is None else self._share(xattrs) for key, xattrs in different.items()}
         for other, xattrs in zip(inodes, found, strict=False):
-            if xattrs is None:
-                self._keep(other, None)
-            else:
-                self._remember(other, shown(xattrs))
+            self._keep(other, shared[id(xattrs)])
         return self.at_hand(inode)
 
-    def _remember(self, inode: int, xattrs: Mapping[bytes, bytes]) -> Xattrs:
+    def _share(self, said: Mapping[bytes, bytes]) -> _Shared:
+        xattrs = shown(said)
         pairs = tuple(xattrs.items())
-        shared = self._shared.get(pairs)
-        if shared is None:
-            cost = _SET + sum(_PAIR + len(name) + len(value) for name, value in pairs)
-            shared = _Shared(Xattrs(xattrs, self.none.no_label), cost)
-        self._keep(inode, shared)
-        return shared.xattrs
+        cost = _SET + sum(_PAIR + len(name) + len(value) for name, value in pairs)
+        return _Shared(Xattrs(xattrs, self.none.no_label), pairs, cost)
 
     def _keep(self, inode: int, shared: _Shared | None) -> None:
         """Remember something; what was longest there goes. By one thread at a time."""
         if inode in self._known:
             self._forget(inode, self._known.pop(inode))
+        if shared is not None:
+            shared = self._shared.setdefault(shared.pairs, shared)
+            self._bytes += 0 if shared.users else shared.cost
+            shared.users += 1
         self._known[inode] = shared
         self._bytes += _INODE
-        if shared is not None:
-            if not shared.users:
-                self._shared[tuple(shared.xattrs.values.items())] = shared
-                self._bytes += shared.cost
-            shared.users += 1
         while self._bytes > _KEPT:
             self._forget(*self._known.popitem(last=False))
 
@@ -169,7 +189,7 @@ class GuestXattrs:
         if shared is not None:
             shared.users -= 1
             if not shared.users:
-                del self._shared[tuple(shared.xattrs.values.items())]
+                del self._shared[shared.pairs]
                 self._bytes -= shared.cost
 
 

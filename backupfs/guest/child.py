@@ -97,20 +97,23 @@ def _contents(system: FileSystem, largest: int, inodes: Sequence[int]) -> messag
 
 def _xattrs_of(system: FileSystem, inodes: Sequence[int]) -> messages.XattrsOfAnswer:
     """Return the extended attributes of the inodes, or of the first ones, if they are many or take long."""
-    found: list[list[tuple[bytes, bytes]] | None] = []
+    found: dict[tuple[tuple[bytes, bytes], ...], int] = {}  # where it comes in the answer: most have what others have
+    which: list[int | None] = []
     left, until = messages.LARGEST_XATTRS, time.monotonic() + _TOGETHER_S
     for inode in inodes:
-        if found and (left <= 0 or time.monotonic() > until):
+        if which and (left <= 0 or time.monotonic() > until):
             break
-        pairs: list[tuple[bytes, bytes]] | None = None
+        place: int | None = None
         with contextlib.suppress(*_DAMAGE, BackupfsError):
-            pairs = list(system.xattrs(inode).items())
-            size = sum(len(name) + len(value) for name, value in pairs)
-            left -= size
-            if size > messages.LARGEST_XATTRS:
-                pairs = None
-        found.append(pairs)
-    return messages.XattrsOfAnswer(found)
+            pairs = tuple(system.xattrs(inode).items())
+            place = found.get(pairs)
+            if place is None:
+                size = sum(len(name) + len(value) for name, value in pairs)
+                left -= size
+                if size <= messages.LARGEST_XATTRS:
+                    place = found[pairs] = len(found)
+        which.append(place)
+    return messages.XattrsOfAnswer([list(pairs) for pairs in found], which)
 
 
 def _list(line: socket.socket, system: Parser, inode: int) -> messages.ListAnswer:

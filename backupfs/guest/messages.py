@@ -17,7 +17,7 @@ LARGEST = 64 * MiB  # bytes of a message
 LARGEST_READ = MiB  # bytes, of a file or of the volume
 LISTED = 10_000  # entries of a folder in a message, if more come
 LARGEST_CONTENTS = 4 * MiB  # bytes, of several files
-LARGEST_XATTRS = MiB  # bytes, of several inodes; as much again of the last one
+LARGEST_XATTRS = MiB  # bytes, of several inodes; at most as many more of the last one
 _LENGTH = struct.Struct("<I")
 
 
@@ -103,9 +103,12 @@ class XattrsAnswer(msgspec.Struct, tag=True):
 
 
 class XattrsOfAnswer(msgspec.Struct, tag=True):
-    """Of `xattrs_of`, in the order of the inodes; of the last ones there may be none."""
+    """Of `xattrs_of`: different attributes, and which of them each inode has, in order; None: it has to be asked for
+    alone. Of the last inodes there may be no word: they are to be asked for again.
+    """
 
-    xattrs: list[list[tuple[bytes, bytes]] | None]
+    xattrs: list[list[tuple[bytes, bytes]]]
+    which: list[int | None]
 
 
 class Failed(msgspec.Struct, tag=True):

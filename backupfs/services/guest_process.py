@@ -146,10 +146,11 @@ class GuestFileSystem:
         return _believed_xattrs(self._ask(messages.XattrsAnswer, "xattrs", inode).xattrs)
 
     def xattrs_of(self, inodes: Sequence[int]) -> Sequence[dict[bytes, bytes] | None]:
-        found = self._ask(messages.XattrsOfAnswer, "xattrs_of", *inodes).xattrs
-        if not 0 < len(found) <= len(inodes):
-            raise GuestError(f"{self._name}: attributes of {len(found)} inodes were answered, not of {len(inodes)}")
-        return [pairs if pairs is None else _believed_xattrs(pairs) for pairs in found]
+        answer = self._ask(messages.XattrsOfAnswer, "xattrs_of", *inodes)
+        which, found = answer.which, [_believed_xattrs(pairs) for pairs in answer.xattrs]
+        if not 0 < len(which) <= len(inodes) or not all(place is None or 0 <= place < len(found) for place in which):
+            raise GuestError(f"{self._name}: the attributes of {len(inodes)} inodes make no sense")
+        return [None if place is None else found[place] for place in which]
 
     def _believed(self, row: messages.StatRow) -> Stat:
         found = Stat(*row)

@@ -22,7 +22,7 @@ from servers import freeze, run
 
 from backupfs.errors import BackupfsError, GuestError, NotFound
 from backupfs.filesystem import FileSystem, Run
-from backupfs.guest import messages
+from backupfs.guest import child, messages
 from backupfs.guest.detect import detect
 from backupfs.guest.families import open_family
 from backupfs.services import guest_process
@@ -323,20 +323,28 @@ def test_attributes_of_several_files_are_bounded(system: GuestFileSystem, tmp_pa
     assert found == [{b"user.large": b"%02d" % number * 25_000} for number in range(1, len(found) + 1)]
 
 
+def test_attributes_that_take_long(system: GuestFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "_TOGETHER_S", 0.0)
+    assert child._xattrs_of(system, [look(system, "file")] * 3) == messages.XattrsOfAnswer([[]], [0])
+    monkeypatch.undo()
+    assert child._xattrs_of(system, [look(system, "file")] * 3) == messages.XattrsOfAnswer([[]], [0] * 3)
+
+
 def test_a_process_that_tells_of_other_attributes_is_not_believed(system: GuestFileSystem) -> None:
-    lies: tuple[list[list[tuple[bytes, bytes]] | None], ...] = ([], [[]] * 4)
-    for lie in (*lies, [[(b"a\0b", b"1"), (b"", b"2"), (b"user.x", bytes(70_000)), (b"user.y", b"3")]]):
+    odd = [(b"a\0b", b"1"), (b"", b"2"), (b"user.x", bytes(70_000)), (b"user.y", b"3")]
+    lies: tuple[list[int | None], ...] = ([], [0] * 4, [0, 1, 2], [-1], [0, None])
+    for lie in lies:
         ours, theirs = socket.socketpair()
         assert system.stat(system.root)
         assert system._line is not None
         system._line.close()
         system._line = ours
         with theirs:
-            messages.send(theirs, messages.XattrsOfAnswer(lie))
-            if len(lie) == 1:
-                assert system.xattrs_of([12, 13, 14]) == [{b"user.y": b"3"}]
+            messages.send(theirs, messages.XattrsOfAnswer([odd, []], lie))
+            if lie == [0, None]:
+                assert system.xattrs_of([12, 13, 14]) == [{b"user.y": b"3"}, None]
             else:
-                with pytest.raises(GuestError, match="were answered"):
+                with pytest.raises(GuestError, match="make no sense"):
                     system.xattrs_of([12, 13, 14])
         system.rest()
 

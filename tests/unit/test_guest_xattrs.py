@@ -150,6 +150,16 @@ def test_what_many_have_is_kept_once(parser: Parser) -> None:
     assert len(parser.xattrs._shared) == 1
 
 
+def test_what_differs_only_in_what_is_not_shown_is_kept_once(parser: Parser, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest_xattrs, "_KEPT", 10 * KiB)
+    parser.answer = lambda inode: {b"nothing %d" % inode: b"", b"user.x": bytes(inode % 2 * 3000)}
+    for inode in (*LISTED, *LISTED[::-1]):
+        assert parser.get(inode) == {b"user.x": bytes(inode % 2 * 3000)}
+        users = [shared for shared in parser.xattrs._known.values() if shared]
+        assert sum(shared.users for shared in parser.xattrs._shared.values()) == len(users)
+    assert parser.xattrs._bytes <= 10 * KiB
+
+
 def test_what_is_too_large_to_be_kept_is_told(parser: Parser, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guest_xattrs, "_KEPT", 10 * KiB)
     parser.answer = lambda inode: {b"user.large": bytes(20 * KiB)}
