@@ -85,6 +85,10 @@ class FolderFiles:
             return {}
         return {name.encode(): os.getxattr(path, name) for name in os.listxattr(path)}
 
+    def xattrs_of(self, inodes: Sequence[int]) -> Sequence[dict[bytes, bytes] | None]:
+        self.asked.append("xattrs_of")
+        return [self.xattrs(inode) for inode in inodes]
+
     def close(self) -> None:
         self.closed = True
 

@@ -127,6 +127,12 @@ class ManyFiles(FileSystem, Protocol):
     def contents(self, inodes: Sequence[int], largest: int) -> Sequence[bytes | None]:
         """Return files' contents; None: it is larger than `largest`, can't be read, or is not to be had with others."""
 
+    def xattrs_of(self, inodes: Sequence[int]) -> Sequence[Mapping[bytes, bytes] | None]:
+        """Return the extended attributes of inodes, of the first one at least; None as of `contents`.
+
+        Those of several that have the same may be one object.
+        """
+
 
 class GuestVolume(Protocol):
     """A partition or a logical volume, or a disk without either, and what is known of the files on it."""

@@ -1,37 +1,39 @@
-"""What the lane answers of guests' files but READs: OPEN and RELEASE of small ones, attributes that there are none of.
+"""What the lane answers of guests' files but READs: OPEN and RELEASE of small ones, and their extended attributes.
 
-A guest has many small files. Each is read whole when it is opened, and then needs no more than the reader thread. What
-is not small, or not a guest's, is pyfuse3's.
+A guest has many small files. Each is read whole when it is opened, and then needs no more than the reader thread; nor
+do attributes that are known. What is not small, or not a guest's, is pyfuse3's.
 """
 
 import contextlib
 import errno
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 from backupfs.errors import NotFound
 from backupfs.fuse import kernel
+from backupfs.fuse.guest_xattrs import Xattrs
 from backupfs.fuse.images import AtHand
 from backupfs.fuse.kernel import ANSWER_SIZE
 from backupfs.fuse.nodes import Stale
 from backupfs.fuse.workers import File, Workers
 
-_BARE = 50_000  # inodes of which it is remembered that they have no extended attributes
-_OURS, _LABEL = b"user.backupfs.", b"security.selinux\0"
+_REMEMBERED = 50_000  # inodes whose extended attributes are remembered here, too
+_SMALL = 200  # bytes of these; so it is some 30 MB at most, and next to nothing where many have the same
+_OURS = b"user.backupfs."
 _FIRST_HANDLE = 1 << 62  # pyfuse3's are counted from 1 on
 
 
 class Guests(Protocol):
     """Who knows the files. From any thread."""
 
-    def bare_label(self, inode: int) -> int:
-        """Return the errno for its SELinux label if something is known to have no extended attributes at all, else 0.
+    def xattrs_at_hand(self, inode: int) -> Xattrs | None:
+        """Return something's extended attributes if they are known. Does not block."""
 
-        EOPNOTSUPP where nothing in the same file system has one: `ls -l` asks for no more of them then. Does not block.
-        """
+    def xattrs(self, inode: int) -> Xattrs:
+        """Return those of a guest's file. May block. Raises BackupfsError."""
 
     def is_guests(self, inode: int) -> bool:
         """Whether something has other attributes than `user.backupfs.*`: a guest's. Does not block."""
@@ -69,6 +71,16 @@ class _Open:
     request: bytes | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """A GETXATTR that waits for an answer; without a name, a LISTXATTR."""
+
+    unique: int
+    inode: int
+    name: bytes | None
+    size: int
+
+
 class GuestLane:
     """Answers.
 
@@ -91,8 +103,8 @@ class GuestLane:
         self._write = write
         self._pass_on = pass_on
         self._handles = itertools.count(_FIRST_HANDLE)
-        self._openers: Workers[_Volume, _Open] = Workers(self._open, "lane-opener")
-        self._bare: dict[int, int] = {}  # inodes without extended attributes: the errno for an SELinux label
+        self._openers: Workers[_Volume, _Open | _Ask] = Workers(self._do, "lane-opener")
+        self._known: dict[int, Xattrs] = {}
 
     @property
     def busy(self) -> bool:
@@ -120,28 +132,29 @@ class GuestLane:
     def _take_xattr(self, opcode: int, unique: int, request: memoryview) -> bool:
         """`ls -l` asks for several attributes of each name, and the kernel for one before each write(2)."""
         inode, size = kernel.XATTR_REQUEST.unpack_from(request)
-        is_list = opcode == kernel.LISTXATTR
-        label = self._bare.get(inode) or self._note_bare(inode)
-        ours = is_list or request[kernel.XATTR_AT :][: len(_OURS)] == _OURS
-        if not label and (ours or self._guests.is_guests(inode)):
+        name = None
+        if opcode == kernel.GETXATTR:
+            name = bytes(request[kernel.XATTR_AT :]).partition(b"\0")[0]
+        known = self._known.get(inode) or self._at_hand(inode)
+        if known is not None:
+            self._answer_xattr(unique, name, size, known)
+            return True
+        volume = self._guests.volume_number(inode)
+        if volume is not None:
+            self._openers.submit(_Volume(volume), _Ask(unique, inode, name, size))
+        elif name is None or name.startswith(_OURS) or self._guests.is_guests(inode):
             return False
-        if not is_list:
-            is_label = label and request[kernel.XATTR_AT :][: len(_LABEL)] == _LABEL
-            self._answer(unique, label if is_label else errno.ENODATA)
-        elif size:
-            self._answer(unique, 0)
         else:
-            answer = kernel.XATTR_SIZE_ANSWER
-            self._write(unique, [answer.pack(answer.size, 0, unique, 0)])
+            self._answer(unique, errno.ENODATA)
         return True
 
-    def _note_bare(self, inode: int) -> int:
-        label = self._guests.bare_label(inode)
-        if label:
-            if len(self._bare) >= _BARE:
-                self._bare.clear()
-            self._bare[inode] = label
-        return label
+    def _at_hand(self, inode: int) -> Xattrs | None:
+        known = self._guests.xattrs_at_hand(inode)
+        if known is not None and sum(len(name) + len(value) for name, value in known.values.items()) <= _SMALL:
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            self._known[inode] = known
+        return known
 
     def _take_open(self, unique: int, request: memoryview) -> bool:
         inode, flags = kernel.OPEN_REQUEST.unpack_from(request)
@@ -158,25 +171,47 @@ class GuestLane:
     def _answer(self, unique: int, code: int) -> None:
         self._write(unique, [kernel.ANSWER.pack(ANSWER_SIZE, -code, unique)])
 
+    def _answer_xattr(self, unique: int, name: bytes | None, size: int, known: Xattrs) -> None:
+        """Answer with a value, or with the names, as much room as there is for it; 0: how much does it take?"""
+        value = b"".join(n + b"\0" for n in known.values) if name is None else known.values.get(name)
+        if value is None:
+            self._answer(unique, known.missing(name or b""))
+        elif not size:
+            answer = kernel.XATTR_SIZE_ANSWER
+            self._write(unique, [answer.pack(answer.size, 0, unique, len(value))])
+        elif len(value) > size:
+            self._answer(unique, errno.ERANGE)
+        else:
+            self._write(unique, [kernel.ANSWER.pack(ANSWER_SIZE + len(value), 0, unique), value])
+
     # In a thread.
 
-    def _open(self, _volume: _Volume, job: _Open) -> None:
-        if job.request is None:
+    def _do(self, _volume: _Volume, job: _Open | _Ask) -> None:
+        if isinstance(job, _Ask):
+            with self._refusing(job, "listxattr" if job.name is None else "getxattr"):
+                known = self._guests.xattrs(job.inode)
+                self._answer_xattr(job.unique, job.name, job.size, known)
+        elif job.request is None:
             with contextlib.suppress(Exception):  # who opens one of them is told
                 self._guests.read_on(job.inode)
-            return
+        else:
+            with self._refusing(job, "open"):
+                content = self._guests.small_content(job.inode)
+                if content is None:
+                    self._pass_on(job.request)
+                else:
+                    self._opened(job.unique, job.inode, content)
+
+    @contextlib.contextmanager
+    def _refusing(self, job: _Open | _Ask, doing: str) -> Iterator[None]:
+        """Answer with an errno what raises. What answers otherwise does not."""
         try:
-            content = self._guests.small_content(job.inode)
+            yield
         except NotFound as e:
             self._answer(job.unique, errno.ESTALE if isinstance(e, Stale) else errno.ENOENT)
         except Exception as e:  # noqa: BLE001, nothing may end the thread
-            self._guests.complain(job.inode, "open", e)
+            self._guests.complain(job.inode, doing, e)
             self._answer(job.unique, errno.EIO)
-        else:
-            if content is None:
-                self._pass_on(job.request)
-                return
-            self._opened(job.unique, job.inode, content)
 
     def _opened(self, unique: int, inode: int, content: bytes) -> None:
         handle, answer = next(self._handles), kernel.OPEN_ANSWER

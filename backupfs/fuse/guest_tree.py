@@ -22,6 +22,7 @@ from backupfs.filesystem import Run, Stat
 from backupfs.fuse.catalogue import DiskFile, GuestFolder, TextFile
 from backupfs.fuse.guest_disks import Disk, Disks
 from backupfs.fuse.guest_volume import Volume, sound
+from backupfs.fuse.guest_xattrs import Xattrs
 from backupfs.fuse.nodes import (
     FRESH_TIMEOUT_S,
     GUEST_TIMEOUT_S,
@@ -40,7 +41,8 @@ from backupfs.image import Image
 
 UNSUPPORTED = "UNSUPPORTED.txt"
 NOT_REPLAYED = ".NOT-REPLAYED.txt"
-
+NO_XATTRS = Xattrs({}, errno.EOPNOTSUPP)
+"""Of folders and texts of our own."""
 
 _HOW = """
 The volume itself can be read as the raw file {raw} in the point's folder. By hand, as root:
@@ -183,16 +185,6 @@ class GuestTree:
         with self.disks.volume(node.volume) as volume:
             return volume.image(runs)
 
-    def bare_label(self, node: GuestFile | VolumeFolder) -> int:
-        """Return the errno for its SELinux label if a node is known to have no extended attributes, else 0.
-
-        Does not block.
-        """
-        volume = self.disks.at_hand(node.volume if isinstance(node, GuestFile) else node)
-        if volume is None or not volume.is_bare(node.inode if isinstance(node, GuestFile) else volume.fs.root):
-            return 0
-        return errno.ENODATA if volume.has_labels else errno.EOPNOTSUPP
-
     def read(self, number: int, offset: int, length: int) -> bytes:
         """Return a range of a file, short only at its end. Raises BackupfsError."""
         node = self._file(number)
@@ -205,12 +197,19 @@ class GuestTree:
         with self.disks.volume(node.volume) as volume:
             return volume.seek(node.inode, offset, whence)
 
-    def xattrs(self, node: GuestNode) -> Mapping[bytes, bytes]:
+    def xattrs(self, node: GuestNode) -> Xattrs:
         """Return extended attributes. Raises BackupfsError."""
         if isinstance(node, DiskFiles | Notice) or (isinstance(node, VolumeFolder) and self._problem(node)):
-            return {}
+            return NO_XATTRS
         with self._volume(node) as (volume, inode):
             return volume.xattrs(inode)
+
+    def xattrs_at_hand(self, node: GuestFile | VolumeFolder) -> Xattrs | None:
+        """Return extended attributes if they are known. Does not block."""
+        volume = self.disks.at_hand(node.volume if isinstance(node, GuestFile) else node)
+        if volume is None:
+            return None
+        return volume.xattrs_at_hand(node.inode if isinstance(node, GuestFile) else volume.fs.root)
 
     def _file(self, number: int) -> GuestFile:
         node = self._inodes.node(number)

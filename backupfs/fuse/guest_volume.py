@@ -16,16 +16,15 @@ from backupfs.errors import BackupfsError, NotFound
 from backupfs.extents import Extent
 from backupfs.filesystem import FileSystem, Run, Stat
 from backupfs.fuse.catalogue import ManyFiles
+from backupfs.fuse.guest_xattrs import GuestXattrs, Xattrs
 from backupfs.fuse.read_ahead import ReadAhead, is_small
 from backupfs.image import Buffer, Image, seek
 
 T = TypeVar("T")
 
 _REMEMBERED = 50_000  # names in folders, and the inodes; about 500 bytes each
-_XATTRS_REMEMBERED = 1 << 20  # bytes
 _LONGEST_NAME = 1024  # FUSE_NAME_MAX
 _LONGEST_TARGET = 4095  # PATH_MAX
-_LONGEST_XATTR = 65536  # XATTR_SIZE_MAX
 _TYPES = frozenset((stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK))
 _LAST_NS = 2**62  # of a time; the years 1823 to 2116
 
@@ -52,12 +51,13 @@ class Volume:
     _names: int = 0  # in _folders
     _stats: OrderedDict[int, Stat] = field(default_factory=OrderedDict)
     _parents: OrderedDict[int, int] = field(default_factory=OrderedDict)  # of folders
-    _xattrs: dict[int, Mapping[bytes, bytes]] = field(default_factory=dict)
-    _xattr_bytes: int = 0
     ahead: ReadAhead = field(init=False)
+    _xattrs: GuestXattrs = field(init=False)
 
     def __post_init__(self) -> None:
         self.ahead = ReadAhead(self.fs.contents)
+        no_label = errno.ENODATA if self.has_labels else errno.EOPNOTSUPP
+        self._xattrs = GuestXattrs(self.fs.xattrs, self.fs.xattrs_of, no_label)
 
     def stat(self, inode: int) -> Stat:
         """Return what an inode says of itself. Raises BackupfsError."""
@@ -82,6 +82,7 @@ class Volume:
         with self._lock:
             self._remember_folder(inode, found)
         self.ahead.note(found)
+        self._xattrs.note(found)
         return found
 
     def _remember_folder(self, inode: int, found: Mapping[bytes, Stat]) -> None:
@@ -133,11 +134,6 @@ class Volume:
             raise Unsound(f"inode {inode}: {size} bytes, and as many as lie on the disk are others")
         return runs
 
-    def is_bare(self, inode: int) -> bool:
-        """Whether an inode is known to have no extended attributes. Does not block."""
-        known = self._stats.get(inode)
-        return known is not None and not known.has_xattrs
-
     def seek(self, inode: int, offset: int, whence: int) -> int:
         """Return where data or a hole begins; see `image.seek`."""
         return seek(_Content(self.fs, inode, self.stat(inode).size), offset, whence)
@@ -149,24 +145,16 @@ class Volume:
             raise Unsound(f"inode {inode}: a symbolic link to nothing that can be: {target[:100]!r}")
         return target
 
-    def xattrs(self, inode: int) -> Mapping[bytes, bytes]:
+    def xattrs(self, inode: int) -> Xattrs:
         """Return extended attributes. Raises BackupfsError."""
-        if self.is_bare(inode):
-            return {}
-        known = self._xattrs.get(inode)
-        if known is not None:
-            return known
-        found = {
-            name: value
-            for name, value in self.fs.xattrs(inode).items()
-            if 0 < len(name) <= 255 and b"\0" not in name and b"." in name and len(value) <= _LONGEST_XATTR
-        }
-        with self._lock:
-            self._xattr_bytes += _cost(found) if inode not in self._xattrs else 0
-            self._xattrs.setdefault(inode, found)
-            while self._xattr_bytes > _XATTRS_REMEMBERED:
-                self._xattr_bytes -= _cost(self._xattrs.pop(next(iter(self._xattrs))))
-        return found
+        return self.xattrs_at_hand(inode) or self._xattrs.read(inode)
+
+    def xattrs_at_hand(self, inode: int) -> Xattrs | None:
+        """Return extended attributes if they are known. Does not block."""
+        known = self._stats.get(inode)
+        if known is not None and not known.has_xattrs:
+            return self._xattrs.none
+        return self._xattrs.at_hand(inode)
 
 
 @dataclass(slots=True)
@@ -219,7 +207,3 @@ def _remember(kept: OrderedDict[int, T], key: int, value: T, most: int) -> None:
     if len(kept) >= most:
         kept.popitem(last=False)
     kept[key] = value
-
-
-def _cost(xattrs: Mapping[bytes, bytes]) -> int:
-    return 200 + sum(100 + len(name) + len(value) for name, value in xattrs.items())

@@ -13,7 +13,7 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar, TypeVarTuple, cast
 
@@ -23,6 +23,7 @@ import trio
 from backupfs.errors import BackupfsError, NotFound
 from backupfs.fuse.catalogue import DiskFile, TextFile, Writable
 from backupfs.fuse.complaints import Complaints
+from backupfs.fuse.guest_xattrs import Xattrs
 from backupfs.fuse.images import AtHand, OpenImages
 from backupfs.fuse.lane import Lane
 from backupfs.fuse.nodes import Attributes, Entry, GuestPart, Stale
@@ -331,8 +332,11 @@ class Operations(pyfuse3.Operations):
     def start_seek(self, unique: int, handle: int, offset: int, whence: int) -> None:
         self._background.start_soon(self._answer_seek, unique, handle, offset, whence)
 
-    def bare_label(self, inode: int) -> int:
-        return self._tree.bare_label(inode)
+    def xattrs_at_hand(self, inode: int) -> Xattrs | None:
+        return self._tree.xattrs_at_hand(inode)
+
+    def xattrs(self, inode: int) -> Xattrs:
+        return self._tree.guest_xattrs(inode)
 
     def is_guests(self, inode: int) -> bool:
         try:
@@ -401,10 +405,12 @@ class Operations(pyfuse3.Operations):
     @answers
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         if self._tree.guest_part(inode) is not None:
-            value = (await self._guest_xattrs(inode)).get(name)
-            if value is not None:
-                return value
-        elif name.startswith(_XATTRS):  # `ls -l` and `cp -a` ask for security.* and system.* of every file: no
+            xattrs = await self._guest_xattrs(inode)
+            value = xattrs.values.get(name)
+            if value is None:
+                raise pyfuse3.FUSEError(xattrs.missing(name))
+            return value
+        if name.startswith(_XATTRS):  # `ls -l` and `cp -a` ask for security.* and system.* of every file: no
             value = (await self._xattrs(inode)).get(name)
             if value is not None:
                 return value
@@ -413,11 +419,14 @@ class Operations(pyfuse3.Operations):
     @answers
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
         if self._tree.guest_part(inode) is not None:
-            return list(await self._guest_xattrs(inode))
+            return list((await self._guest_xattrs(inode)).values)
         return list(await self._xattrs(inode))
 
-    async def _guest_xattrs(self, inode: int) -> Mapping[bytes, bytes]:
-        return await self._ask(self._tree.guest_xattrs, inode, of=self._tree.guest_part(inode))
+    async def _guest_xattrs(self, inode: int) -> Xattrs:
+        known = self._tree.xattrs_at_hand(inode)
+        if known is None:
+            known = await self._ask(self._tree.guest_xattrs, inode, of=self._tree.guest_part(inode))
+        return known
 
     async def _xattrs(self, inode: int) -> dict[bytes, bytes]:
         try:

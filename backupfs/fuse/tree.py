@@ -17,14 +17,14 @@ What the numbers stand for is in nodes.py.
 Every method of Tree may be called from any thread, from several at once, and may block, because the Catalogue does.
 """
 
-import errno
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from backupfs.errors import NotFound
 from backupfs.fuse.catalogue import LIVE, Catalogue, DiskFile, GuestFolder, PointEntry, TextFile
-from backupfs.fuse.guest_tree import GuestTree
+from backupfs.fuse.guest_tree import NO_XATTRS, GuestTree
+from backupfs.fuse.guest_xattrs import Xattrs
 from backupfs.fuse.nodes import (
     FILE_TIMEOUT_S,
     FRESH_TIMEOUT_S,
@@ -208,21 +208,18 @@ class Tree:
         if isinstance(node, GuestFile):
             self.guests.read_on(node)
 
-    def bare_label(self, inode: int) -> int:
-        """Return the errno for its SELinux label if something is known to have no extended attributes at all, else 0.
-
-        Does not block.
-        """
+    def xattrs_at_hand(self, inode: int) -> Xattrs | None:
+        """Return the extended attributes of something, unless they have to be asked for. Does not block."""
         try:
             node = self.inodes.node(inode)
         except Stale:
-            return 0
+            return None
         match node:
             case GuestFile() | VolumeFolder():
-                return self.guests.bare_label(node)
+                return self.guests.xattrs_at_hand(node)
             case File():
-                return 0
-        return errno.EOPNOTSUPP
+                return None
+        return NO_XATTRS
 
     def is_constant(self, inode: int) -> bool:
         """Whether what is in a folder never changes: in a guest's, below the first. Does not block."""
@@ -231,10 +228,10 @@ class Tree:
         except Stale:
             return False
 
-    def guest_xattrs(self, inode: int) -> Mapping[bytes, bytes]:
+    def guest_xattrs(self, inode: int) -> Xattrs:
         """Return the extended attributes of something of a guest. Raises NotFound, BackupfsError."""
         node = self.inodes.node(inode)
-        return self.guests.xattrs(node) if isinstance(node, GuestNode) else {}
+        return self.guests.xattrs(node) if isinstance(node, GuestNode) else NO_XATTRS
 
     def describe(self, inode: int) -> str:
         """Return the path in the tree, for messages."""

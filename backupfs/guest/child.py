@@ -12,6 +12,7 @@ import os
 import resource
 import socket
 import struct
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from backupfs.units import KiB, MiB
 
 _LINE = 3
 _BLOCK, _KEPT = 64 * KiB, 256
+_TOGETHER_S = 0.5  # that attributes of several inodes may take: far less than the parent's patience
 _MEMORY = 1024 * MiB  # of address space
 _NOBODY = 65534
 _NO_NEW_PRIVILEGES, _DIE_WITH_PARENT, _NEW_NETWORK = 38, 1, 0x40000000  # source: linux/prctl.h, linux/sched.h
@@ -93,6 +95,27 @@ def _contents(system: FileSystem, largest: int, inodes: Sequence[int]) -> messag
     return messages.ContentsAnswer(found)
 
 
+def _xattrs_of(system: FileSystem, inodes: Sequence[int]) -> messages.XattrsOfAnswer:
+    """Return the extended attributes of the inodes, or of the first ones, if they are many or take long."""
+    found: dict[tuple[tuple[bytes, bytes], ...], int] = {}  # where it comes in the answer: most have what others have
+    which: list[int | None] = []
+    left, until = messages.LARGEST_XATTRS, time.monotonic() + _TOGETHER_S
+    for inode in inodes:
+        if which and (left <= 0 or time.monotonic() > until):
+            break
+        place: int | None = None
+        with contextlib.suppress(*_DAMAGE, BackupfsError):
+            pairs = tuple(system.xattrs(inode).items())
+            place = found.get(pairs)
+            if place is None:
+                size = sum(len(name) + len(value) for name, value in pairs)
+                left -= size
+                if size <= messages.LARGEST_XATTRS:
+                    place = found[pairs] = len(found)
+        which.append(place)
+    return messages.XattrsOfAnswer([list(pairs) for pairs in found], which)
+
+
 def _list(line: socket.socket, system: Parser, inode: int) -> messages.ListAnswer:
     """Send what is in a folder, as it is found, but the last of it: that is returned."""
     rows: list[tuple[bytes, messages.StatRow]] = []
@@ -109,6 +132,8 @@ def _answer(line: socket.socket, system: Parser, ask: messages.Ask) -> messages.
         return _list(line, system, *ask.arguments)
     if ask.method == "contents":
         return _contents(system, ask.arguments[0], ask.arguments[1:])
+    if ask.method == "xattrs_of":
+        return _xattrs_of(system, ask.arguments)
     assert ask.method in _METHODS
     found: Any = getattr(system, ask.method)(*ask.arguments)
     match ask.method:

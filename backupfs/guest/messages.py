@@ -17,6 +17,7 @@ LARGEST = 64 * MiB  # bytes of a message
 LARGEST_READ = MiB  # bytes, of a file or of the volume
 LISTED = 10_000  # entries of a folder in a message, if more come
 LARGEST_CONTENTS = 4 * MiB  # bytes, of several files
+LARGEST_XATTRS = MiB  # bytes, of several inodes; at most as many more of the last one
 _LENGTH = struct.Struct("<I")
 
 
@@ -101,6 +102,15 @@ class XattrsAnswer(msgspec.Struct, tag=True):
     xattrs: list[tuple[bytes, bytes]]
 
 
+class XattrsOfAnswer(msgspec.Struct, tag=True):
+    """Of `xattrs_of`: different attributes, and which of them each inode has, in order; None: it has to be asked for
+    alone. Of the last inodes there may be no word: they are to be asked for again.
+    """
+
+    xattrs: list[list[tuple[bytes, bytes]]]
+    which: list[int | None]
+
+
 class Failed(msgspec.Struct, tag=True):
     """There is no answer: NotFound, or GuestError."""
 
@@ -109,7 +119,16 @@ class Failed(msgspec.Struct, tag=True):
 
 
 Answer = (
-    Opened | StatAnswer | ListAnswer | BytesAnswer | ExtentsAnswer | ContentsAnswer | RunsAnswer | XattrsAnswer | Failed
+    Opened
+    | StatAnswer
+    | ListAnswer
+    | BytesAnswer
+    | ExtentsAnswer
+    | ContentsAnswer
+    | RunsAnswer
+    | XattrsAnswer
+    | XattrsOfAnswer
+    | Failed
 )
 FromChild = Need | Answer
 FromParent = Order | Ask | Part

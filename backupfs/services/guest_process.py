@@ -143,8 +143,14 @@ class GuestFileSystem:
         return target
 
     def xattrs(self, inode: int) -> dict[bytes, bytes]:
-        found = self._ask(messages.XattrsAnswer, "xattrs", inode).xattrs
-        return {name: value for name, value in found if _is_xattr(name) and len(value) <= 64 << 10}
+        return _believed_xattrs(self._ask(messages.XattrsAnswer, "xattrs", inode).xattrs)
+
+    def xattrs_of(self, inodes: Sequence[int]) -> Sequence[dict[bytes, bytes] | None]:
+        answer = self._ask(messages.XattrsOfAnswer, "xattrs_of", *inodes)
+        which, found = answer.which, [_believed_xattrs(pairs) for pairs in answer.xattrs]
+        if not 0 < len(which) <= len(inodes) or not all(place is None or 0 <= place < len(found) for place in which):
+            raise GuestError(f"{self._name}: the attributes of {len(inodes)} inodes make no sense")
+        return [None if place is None else found[place] for place in which]
 
     def _believed(self, row: messages.StatRow) -> Stat:
         found = Stat(*row)
@@ -301,5 +307,7 @@ def _is_name(name: bytes) -> bool:
     return 0 < len(name) <= 255 * 4 and name not in {b".", b".."} and b"/" not in name and b"\0" not in name
 
 
-def _is_xattr(name: bytes) -> bool:
-    return 0 < len(name) <= 255 and b"\0" not in name
+def _believed_xattrs(pairs: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    return {
+        name: value for name, value in pairs if 0 < len(name) <= 255 and b"\0" not in name and len(value) <= 64 << 10
+    }

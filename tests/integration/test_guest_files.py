@@ -22,7 +22,7 @@ from servers import freeze, run
 
 from backupfs.errors import BackupfsError, GuestError, NotFound
 from backupfs.filesystem import FileSystem, Run
-from backupfs.guest import messages
+from backupfs.guest import child, messages
 from backupfs.guest.detect import detect
 from backupfs.guest.families import open_family
 from backupfs.services import guest_process
@@ -287,6 +287,66 @@ def test_what_a_process_says_does_nothing_to_a_terminal(system: GuestFileSystem)
         with pytest.raises(GuestError) as caught:
             system.stat(system.root)
     assert str(caught.value) == "1: \\x1b[2J"
+
+
+def test_attributes_of_several_files(system: GuestFileSystem, tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", tmp_path / "mnt") as root:
+        for number in range(40):
+            (root / f"file {number}").touch()
+            os.setxattr(root / f"file {number}", "security.selinux", b"label %d" % number)
+        inodes = [(root / f"file {number}").stat().st_ino for number in range(40)]
+    system.rest()  # what it knows is older
+    expected = [{b"security.selinux": b"label %d" % number} for number in range(40)]
+    assert system.xattrs_of(inodes) == expected
+    damage_inode(tmp_path / "disk", inodes[7], KiB)
+    system.rest()
+    assert system.xattrs_of([*inodes[:10], 10**9]) == [*expected[:7], None, *expected[8:10], None]
+    with pytest.raises(GuestError, match="is damaged"):
+        system.xattrs(inodes[7])
+
+
+def test_attributes_of_several_files_are_bounded(system: GuestFileSystem, tmp_path: Path) -> None:
+    run("mkfs.ext4", "-q", "-F", "-O", "ea_inode", tmp_path / "disk")
+    with mounted(tmp_path / "disk", tmp_path / "mnt") as root:
+        for number in range(60):
+            (root / f"file {number}").touch()
+            os.setxattr(root / f"file {number}", "user.large", b"%02d" % number * 25_000)
+        for name in ("a", "b") * 12:
+            os.setxattr(root / "file 0", "user." + name * 20 + str(len(os.listxattr(root / "file 0"))), bytes(50_000))
+        inodes = [(root / f"file {number}").stat().st_ino for number in range(60)]
+    system.rest()
+    found = system.xattrs_of(inodes)
+    assert found == [None], "more than a MiB of one file: for who asks for it alone"
+    assert sum(map(len, system.xattrs(inodes[0]).values())) > MiB
+    found = system.xattrs_of(inodes[1:])
+    assert 20 <= len(found) <= 21
+    assert found == [{b"user.large": b"%02d" % number * 25_000} for number in range(1, len(found) + 1)]
+
+
+def test_attributes_that_take_long(system: GuestFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "_TOGETHER_S", 0.0)
+    assert child._xattrs_of(system, [look(system, "file")] * 3) == messages.XattrsOfAnswer([[]], [0])
+    monkeypatch.undo()
+    assert child._xattrs_of(system, [look(system, "file")] * 3) == messages.XattrsOfAnswer([[]], [0] * 3)
+
+
+def test_a_process_that_tells_of_other_attributes_is_not_believed(system: GuestFileSystem) -> None:
+    odd = [(b"a\0b", b"1"), (b"", b"2"), (b"user.x", bytes(70_000)), (b"user.y", b"3")]
+    lies: tuple[list[int | None], ...] = ([], [0] * 4, [0, 1, 2], [-1], [0, None])
+    for lie in lies:
+        ours, theirs = socket.socketpair()
+        assert system.stat(system.root)
+        assert system._line is not None
+        system._line.close()
+        system._line = ours
+        with theirs:
+            messages.send(theirs, messages.XattrsOfAnswer([odd, []], lie))
+            if lie == [0, None]:
+                assert system.xattrs_of([12, 13, 14]) == [{b"user.y": b"3"}, None]
+            else:
+                with pytest.raises(GuestError, match="make no sense"):
+                    system.xattrs_of([12, 13, 14])
+        system.rest()
 
 
 def test_idle_processes_go_away(system: GuestFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Guests' files in a real mount: DISK.files, beside what the kernel's own mount of the same disk shows."""
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
@@ -18,14 +19,17 @@ from pathlib import Path
 import pytest
 from commands import BACKUPFS
 from guest_disks import entry, put, table
+from images import FileImage
 from mounts import AS_NOBODY, LANES, choose_lane, fails_with, let_in, needs_fuse, process_of, unmount_all, wait_until
 from repositories import MOMENT
 from servers import freeze, need, run
-from test_guest_files import SIZE, damage_inode, detect_dirty, fill, make_ext4, mounted
+from test_guest_files import ACL, SIZE, damage_inode, detect_dirty, fill, make_ext4, mounted
 from test_ntfs import make_ntfs
 from test_volume_files import holes
+from test_xfs import make as make_xfs
 
 from backupfs.guest.crc32c import crc32c
+from backupfs.guest.ext_inode import Inodes
 from backupfs.repository.repository import Repository
 from backupfs.services import background
 from backupfs.services import mount as service
@@ -355,6 +359,120 @@ def test_a_folder_in_which_an_inode_is_damaged(shown: Mounted, tmp_path: Path) -
     assert done.returncode == 50
     assert names[7].encode() in done.stderr
     assert sorted(os.listdir(tmp_path / "copy")) == sorted(set(names) - {names[7]})
+
+
+def label(path: Path, number: int) -> None:
+    os.setxattr(path, "security.selinux", b"system_u:object_r:%s_t:s0\0" % (b"etc", b"lib", b"usr")[number % 3])
+
+
+def labelled(root: Path, largest: int) -> None:
+    """Make a folder with 1,200 files of 0 to 3 kB with labels, ACLs, large attributes, several of these, or none."""
+    chance, folder = random.Random(5), root / "folder"
+    folder.mkdir()
+    for number in range(1200):
+        path = folder / f"{chance.randrange(10**9)}"
+        path.write_bytes(chance.randbytes(chance.choice((0, 700, 3000))))
+        if number % 7 != 3:
+            label(path, number)
+        if number % 5 == 1:
+            os.setxattr(path, "system.posix_acl_access", ACL)
+        if number % 11 == 1:
+            os.setxattr(path, "user.some", b"%d" % number)
+            os.setxattr(path, "user.empty", b"")
+        if number % 50 == 2:
+            os.setxattr(path, "user.large", chance.randbytes(largest))
+    (folder / "link").symlink_to("nowhere")
+    os.setxattr(folder / "link", "security.selinux", b"a link's", follow_symlinks=False)
+    (folder / "inside").mkdir()
+    os.setxattr(folder / "inside", "system.posix_acl_default", ACL)
+    for path in (folder, root):
+        label(path, 1)
+
+
+def room_for(path: Path, name: str | None, size: int) -> tuple[int, int]:
+    """Ask for an attribute, or for the names, with room for `size` bytes; return what the call returns, and errno."""
+    libc, room = ctypes.CDLL(None, use_errno=True), ctypes.create_string_buffer(max(size, 1))
+    ctypes.set_errno(0)
+    if name is None:
+        found = libc.llistxattr(os.fsencode(path), room, size)
+    else:
+        found = libc.lgetxattr(os.fsencode(path), name.encode(), room, size)
+    return found, ctypes.get_errno()
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_extended_attributes_of_many_files(shown: Mounted, tmp_path: Path, kind: str) -> None:
+    need(f"mkfs.{kind}")
+    disk = make_ext4(tmp_path / "disk", "-b", "4096") if kind == "ext4" else make_xfs(tmp_path / "disk")
+    with mounted(disk, tmp_path / "mnt") as root:
+        labelled(root, 3000 if kind == "ext4" else 60_000)
+    shown.add(vda=disk)
+    shown.mount()
+    files = shown.at("vda.files", "0")
+    with mounted(disk, tmp_path / "mnt", read_only=True) as root:
+        listed = run("ls", "-lZ", root / "folder")
+        assert run("ls", "-lZ", files / "folder") == listed
+        assert differences(files, root) == []
+        names = sorted(os.listdir(root / "folder"))
+        assert {name: xattrs(os.fsencode(files / "folder" / name)) for name in names} == {
+            name: xattrs(os.fsencode(root / "folder" / name)) for name in names
+        }
+        for name in names[:60]:
+            for asked in (None, "security.selinux", "user.empty", "user.large", "system.posix_acl_access", "user.none"):
+                for size in (0, 1, 8, 27, 28, 200, 65536):
+                    ours = room_for(files / "folder" / name, asked, size)
+                    assert ours == room_for(root / "folder" / name, asked, size), (name, asked, size)
+        chance = random.Random(6)
+        orders = [names, names[::-1], chance.sample(names, len(names)), os.listdir(root / "folder")] * 2
+        expected = {name: xattrs(os.fsencode(root / "folder" / name)) for name in names}
+    shown_again = shown.at("vda.files", "0", "folder")
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda o: {name: xattrs(os.fsencode(shown_again / name)) for name in o}, orders):
+            assert found == expected
+
+
+def test_no_labels_in_a_file_system_without(shown: Mounted, tmp_path: Path) -> None:
+    disk = make_ext4(tmp_path / "disk")
+    with mounted(disk, tmp_path / "mnt") as root:
+        for name in ("bare", "other"):
+            (root / name).touch()
+        os.setxattr(root / "other", "user.other", b"1")
+    shown.add(vda=disk)
+    shown.mount()
+    files = shown.at("vda.files", "0")
+    for name in ("bare", "other", ""):
+        assert room_for(files / name, "security.selinux", 255) == (-1, errno.EOPNOTSUPP), name
+        assert room_for(files / name, "security.capability", 255) == (-1, errno.ENODATA), name
+    assert os.getxattr(files / "other", "user.other") == b"1"
+
+
+def test_damaged_attributes_are_those_of_one_file(shown: Mounted, tmp_path: Path) -> None:
+    disk = make_ext4(tmp_path / "disk", "-b", "4096")
+    with mounted(disk, tmp_path / "mnt") as root:
+        labelled(root, 3000)
+        names = os.listdir(root / "folder")
+        expected = {name: xattrs(os.fsencode(root / "folder" / name)) for name in names}
+        hit = [name for name in names if "user.large" in expected[name]][7]
+        inode, content = (root / "folder" / hit).stat().st_ino, (root / "folder" / hit).read_bytes()
+    with contextlib.closing(FileImage(disk)) as image:
+        block = Inodes(image).get(inode).attributes
+    assert block
+    with disk.open("r+b") as file:
+        (byte,) = os.pread(file.fileno(), 1, block * 4096 + 2000)
+        os.pwrite(file.fileno(), bytes([byte ^ 1]), block * 4096 + 2000)
+    shown.add(vda=disk)
+    shown.mount()
+    folder = shown.at("vda.files", "0", "folder")
+    for _ in range(2):
+        for name in names:
+            if name != hit:
+                assert xattrs(os.fsencode(folder / name)) == expected[name]
+        fails_with(errno.EIO, os.listxattr, folder / hit)
+        for asked in ("security.selinux", "user.large", "user.none"):
+            fails_with(errno.EIO, os.getxattr, folder / hit, asked)
+        assert (folder / hit).read_bytes() == content
+        assert (folder / hit).stat().st_ino % 2**32 == inode
+    assert f"inode {inode}: its block of extended attributes is damaged" in shown.log()
 
 
 def test_a_parser_that_dies_or_hangs(shown: Mounted, tmp_path: Path) -> None:

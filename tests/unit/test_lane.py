@@ -16,7 +16,9 @@ from mounts import wait_until
 from backupfs.errors import GuestError
 from backupfs.extents import Extent
 from backupfs.fuse import kernel, lane
+from backupfs.fuse.guest_xattrs import Xattrs
 from backupfs.fuse.lane import Lane
+from backupfs.fuse.nodes import Stale
 from backupfs.image import Buffer
 from backupfs.units import KiB
 
@@ -43,6 +45,9 @@ class ShortImage(BytesImage):
 
 BARE, LABELLED = 77, 78  # inodes without extended attributes; beside files with labels
 GUEST = 1000  # first of a guest's files
+GUESTS_FOLDER = 9000  # of ours, for them
+SOME = {b"security.selinux": b"a label\0", b"user.empty": b"", b"user.large": bytes(range(256)) * 256}
+NAMES = b"security.selinux\0user.empty\0user.large\0"
 
 
 class Device:
@@ -56,6 +61,7 @@ class Device:
         self.pyfuse3.settimeout(10)
         self.complaints: list[str] = []
         self.read_on_behind: list[int] = []
+        self.known: dict[int, Xattrs] = {}
         self.greeted, self.started = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=trio.run, args=(self._live,))
         self._thread.start()
@@ -72,14 +78,22 @@ class Device:
         content = repr((handle, offset, size)).encode()
         self.lane.answer(unique, [content], len(content))
 
-    def bare_label(self, inode: int) -> int:
-        return {BARE: errno.EOPNOTSUPP, LABELLED: errno.ENODATA}.get(inode, 0)
+    def xattrs_at_hand(self, inode: int) -> Xattrs | None:
+        codes = {BARE: errno.EOPNOTSUPP, LABELLED: errno.ENODATA}
+        return Xattrs({}, codes[inode]) if inode in codes else self.known.get(inode)
+
+    def xattrs(self, inode: int) -> Xattrs:
+        if inode == GUEST + 13:
+            raise GuestError("damaged")
+        if inode == GUEST + 14:
+            raise Stale("gone")
+        return Xattrs(SOME, errno.ENODATA)
 
     def is_guests(self, inode: int) -> bool:
         return inode >= GUEST
 
     def volume_number(self, inode: int) -> int | None:
-        return 1 if inode >= GUEST else None
+        return 1 if inode >= GUEST and inode != GUESTS_FOLDER else None
 
     def small_content(self, inode: int) -> bytes | None:
         if inode == GUEST + 13:
@@ -256,9 +270,9 @@ def ask(device: Device, opcode: int, unique: int, request: bytes) -> None:
     device.kernel.send(kernel.REQUEST.pack(opcode, unique, 0, 0, 0)[:16] + request[16:].ljust(64, b"\0"))
 
 
-def ask_xattr(device: Device, opcode: int, unique: int, inode: int, name: bytes = b"") -> None:
-    size = 0 if name == b"-" else 255  # 0: how large is the answer?
-    ask(device, opcode, unique, kernel.XATTR_REQUEST.pack(inode, size).ljust(kernel.XATTR_AT, b"\0") + name)
+def ask_xattr(device: Device, opcode: int, unique: int, inode: int, name: bytes = b"", *, size: int = 255) -> None:
+    """Ask; size 0: how large is the answer?"""
+    ask(device, opcode, unique, kernel.XATTR_REQUEST.pack(inode, size).ljust(kernel.XATTR_AT, b"\0") + name + b"\0")
 
 
 @pytest.mark.parametrize(("inode", "label"), [(BARE, errno.EOPNOTSUPP), (LABELLED, errno.ENODATA)])
@@ -270,7 +284,7 @@ def test_attributes_that_there_are_none_of(device: Device, inode: int, label: in
         assert device.answered() == (unique, code, b"")
     ask_xattr(device, kernel.LISTXATTR, 8, inode)
     assert device.answered() == (8, 0, b"")
-    ask_xattr(device, kernel.LISTXATTR, 9, inode, b"-")
+    ask_xattr(device, kernel.LISTXATTR, 9, inode, size=0)
     assert device.answered() == (9, 0, bytes(8))
 
 
@@ -280,11 +294,49 @@ def test_attributes_that_there_may_be(device: Device) -> None:
     for opcode, inode, name in (
         (kernel.GETXATTR, 70, b"user.backupfs.vm"),
         (kernel.LISTXATTR, 70, b""),
-        (kernel.GETXATTR, GUEST, b"security.selinux"),
-        (kernel.LISTXATTR, GUEST, b""),
+        (kernel.GETXATTR, GUESTS_FOLDER, b"security.selinux"),
+        (kernel.LISTXATTR, GUESTS_FOLDER, b""),
     ):
         ask_xattr(device, opcode, 2, inode, name)
         assert kernel.REQUEST.unpack_from(device.pyfuse3.recv(1 << 16))[:2] == (opcode, 2)
+
+
+@pytest.mark.parametrize("at_hand", [True, False])
+def test_attributes_that_there_are(device: Device, at_hand: bool) -> None:
+    inode = GUEST + 3
+    if at_hand:
+        device.known[inode] = Xattrs(SOME, errno.ENODATA)
+    for name, value in SOME.items():
+        for size in {1, max(len(value) - 1, 1), max(len(value), 1), 65536}:
+            ask_xattr(device, kernel.GETXATTR, 1, inode, name, size=size)
+            assert device.answered() == ((1, errno.ERANGE, b"") if len(value) > size else (1, 0, value))
+        ask_xattr(device, kernel.GETXATTR, 2, inode, name, size=0)
+        assert device.answered() == (2, 0, struct.pack("=II", len(value), 0))
+    for name in (b"user.empt", b"user.empty1", b"user.backupfs.vm", b""):
+        ask_xattr(device, kernel.GETXATTR, 3, inode, name)
+        assert device.answered() == (3, errno.ENODATA, b"")
+    for size in (1, len(NAMES) - 1, len(NAMES), 65536):
+        ask_xattr(device, kernel.LISTXATTR, 4, inode, size=size)
+        assert device.answered() == ((4, errno.ERANGE, b"") if len(NAMES) > size else (4, 0, NAMES))
+    ask_xattr(device, kernel.LISTXATTR, 5, inode, size=0)
+    assert device.answered() == (5, 0, struct.pack("=II", len(NAMES), 0))
+
+
+def test_few_attributes_are_remembered_in_the_lane(device: Device) -> None:
+    for inode, xattrs in ((GUEST + 4, {b"user.x": b"1"}), (GUEST + 5, {b"user.x": b"1" * 200})):
+        device.known[inode] = Xattrs(xattrs, errno.ENODATA)
+        ask_xattr(device, kernel.GETXATTR, 1, inode, b"user.x")
+        assert device.answered() == (1, 0, xattrs[b"user.x"])
+    assert list(device.lane._guests._known) == [GUEST + 4]
+
+
+def test_attributes_that_can_not_be_read(device: Device) -> None:
+    for inode, code in ((GUEST + 13, errno.EIO), (GUEST + 14, errno.ESTALE)):
+        ask_xattr(device, kernel.GETXATTR, 1, inode, b"user.x")
+        assert device.answered() == (1, code, b"")
+        ask_xattr(device, kernel.LISTXATTR, 2, inode, size=0)
+        assert device.answered() == (2, code, b"")
+    assert device.complaints == [f"{GUEST + 13} getxattr: damaged", f"{GUEST + 13} listxattr: damaged"]
 
 
 def ask_open(device: Device, unique: int, inode: int, flags: int = os.O_RDONLY) -> None:

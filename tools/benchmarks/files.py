@@ -1,16 +1,18 @@
 """`tools/bench files`: guests' files in the mount (DISK.files) against the kernel's own mount of the same raw disk.
 
-An ext4 with 10,000 small files in 20 folders, 10,000 names in one folder, and a large file. Each round has a mount of
-its own, so nothing is known of the file system before; where a row says so, page caches are dropped too. What is copied
-goes to a tmpfs. Root, for the loop mount and the caches.
+An ext4 with 10,000 small files in 20 folders, 10,000 names in one folder, and a large file; another one with everything
+but that, whose files have SELinux labels, as all of RHEL's and Fedora's have. Each round has a mount of its own, so
+nothing is known of the file system before; where a row says so, page caches are dropped too. What is copied goes to a
+tmpfs. Root, for the loop mount, the labels and the caches.
 """
 
 import argparse
 import contextlib
+import os
 import random
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from backupfs.units import GiB, MiB
@@ -21,26 +23,37 @@ from benchmarks.report import BACKUPFS, Report, Row
 from benchmarks.workplace import Mount, Workplace, run, unmount
 
 _FOLDERS, _SIZES = 20, (100, 2000, 5000, 20_000)  # bytes of the small files, in turn at random
+_LABELLED_SIZES = (0, 500, 1500, 3000)
+_LABELS = tuple(b"system_u:object_r:%s_t:s0\0" % kind for kind in (b"etc", b"lib", b"usr", b"var_log"))
 _COPY_LIMIT, _FIRST_S, _AGAIN_S, _LARGE_MB_S = 3.0, 2.0, 0.3, 400.0
 
 
 def run_benchmark(place: Workplace, report: Report, arguments: argparse.Namespace) -> None:
     """Make the disk, back it up with either codec, then measure."""
     files, large = (1000, 32 * MiB) if arguments.quick else (10_000, 500 * MiB)
-    raw = place.path("disk.raw")
-    report.say(f"making a disk with {2 * files:,} files")
+    raw, labelled = place.path("disk.raw"), place.path("labelled.raw")
+    report.say(f"making disks with {2 * files:,} files each")
     _make_disk(place, raw, files, large)
+    _make_disk(place, labelled, files, 0, _LABELS)
     for codec in CODECS:
-        repository = place.path(codec)
-        run(BACKUPFS, "-r", repository, "init")
-        run(BACKUPFS, "-r", repository, "backup", "vm", f"vda={raw}", "--codec", codec)
+        repository = _back_up(place, raw, codec, codec)
         layers = [path for path in repository.rglob("*") if path.is_file()]
-        _measure_copies(place, report, arguments.rounds, repository, files)
-        _measure_listings(place, report, arguments.rounds, repository, files)
+        _measure_copies(place, report, arguments.rounds, repository, f"{files:,} files, cold, {codec}")
+        _measure_listings(place, report, arguments.rounds, repository, f"{files:,} names, {codec}")
         _measure_large(place, report, arguments.rounds, repository, layers)
+        repository = _back_up(place, labelled, codec, f"{codec}-labelled")
+        _measure_copies(place, report, arguments.rounds, repository, f"{files:,} files with labels, cold, {codec}")
+        _measure_listings(place, report, arguments.rounds, repository, f"{files:,} names with labels, {codec}")
 
 
-def _measure_copies(place: Workplace, report: Report, rounds: int, repository: Path, files: int) -> None:
+def _back_up(place: Workplace, raw: Path, codec: str, name: str) -> Path:
+    repository = place.path(name)
+    run(BACKUPFS, "-r", repository, "init")
+    run(BACKUPFS, "-r", repository, "backup", "vm", f"vda={raw}", "--codec", codec)
+    return repository
+
+
+def _measure_copies(place: Workplace, report: Report, rounds: int, repository: Path, what: str) -> None:
     ours, theirs = [], []
     for number in range(rounds + 1):
         with place.mounted(repository) as mount:
@@ -50,12 +63,12 @@ def _measure_copies(place: Workplace, report: Report, rounds: int, repository: P
         if number:
             ours.append(mine)
             theirs.append(peer)
-    row = f"rsync -aHAX of {files:,} files, cold, {repository.name}"
+    row = f"rsync -aHAX of {what}"
     report.add(Row(row, ours, "s", "loop mount of DISK.raw", theirs, at_most=_COPY_LIMIT))
     report.say(row)
 
 
-def _measure_listings(place: Workplace, report: Report, rounds: int, repository: Path, files: int) -> None:
+def _measure_listings(place: Workplace, report: Report, rounds: int, repository: Path, what: str) -> None:
     first, again = [], []
     for _ in range(rounds):
         with place.mounted(repository) as mount:
@@ -63,9 +76,9 @@ def _measure_listings(place: Workplace, report: Report, rounds: int, repository:
             many = _files(mount) / "many"
             first.append(_seconds("ls", "-l", many))
             again.append(_seconds("ls", "-l", many))
-    for what, values, limit in (("the first time", first, _FIRST_S), ("again", again, _AGAIN_S)):
-        report.add(Row(f"ls -l of {files:,} names, {what}, {repository.name}", values, "s", at_most=limit))
-    report.say(f"ls -l, {repository.name}")
+    for when, values, limit in (("the first time", first, _FIRST_S), ("again", again, _AGAIN_S)):
+        report.add(Row(f"ls -l of {what}, {when}", values, "s", at_most=limit))
+    report.say(f"ls -l of {what}")
 
 
 def _measure_large(place: Workplace, report: Report, rounds: int, repository: Path, layers: list[Path]) -> None:
@@ -128,8 +141,15 @@ def _seconds(*command: str | Path) -> float:
     return time.monotonic() - started
 
 
-def _make_disk(place: Workplace, raw: Path, files: int, large: int) -> None:
-    chance, folder = random.Random(1), place.path("filled")  # noqa: S311, contents
+def _make_disk(place: Workplace, raw: Path, files: int, large: int, labels: Sequence[bytes] = ()) -> None:
+    """Make a disk.
+
+    Args:
+        large: bytes of the large file; 0: there is none.
+        labels: that everything has one of, at random; if there are none, nothing has one.
+    """
+    chance, folder = random.Random(1), place.new_path("filled")  # noqa: S311, contents
+    sizes = _LABELLED_SIZES if labels else _SIZES
     with raw.open("wb") as file:
         file.truncate(2 * GiB)
     run("mkfs.ext4", "-q", "-F", raw)
@@ -139,13 +159,16 @@ def _make_disk(place: Workplace, raw: Path, files: int, large: int) -> None:
         for number in range(_FOLDERS):
             (folder / "tree" / str(number)).mkdir(parents=True)
             for name in range(files // _FOLDERS):
-                content = chance.randbytes(chance.choice(_SIZES))
+                content = chance.randbytes(chance.choice(sizes))
                 (folder / "tree" / str(number) / f"file {name}").write_bytes(content)
         (folder / "many").mkdir()
         for number in range(files):
             (folder / "many" / f"file-{number:05}").touch()
-        with (folder / "large").open("wb") as file:
-            for _ in range(large // MiB):
-                file.write(chance.randbytes(MiB))
+        if large:
+            with (folder / "large").open("wb") as file:
+                for _ in range(large // MiB):
+                    file.write(chance.randbytes(MiB))
+        for inside in (folder, *folder.rglob("*")) if labels else ():
+            os.setxattr(inside, "security.selinux", chance.choice(labels))
     finally:
         run("umount", folder)
