@@ -153,11 +153,19 @@ class Map:
         if not pointer or begin >= end or begin + inner * (self._inodes.block // 4) <= first:
             return
         found = self._pointers_at(self._placed(inode, pointer, 1))
-        for i in range(max(0, (first - begin) // inner), min(len(found), -(-(end - begin) // inner))):
+        i, stop = max(0, (first - begin) // inner), min(len(found), -(-(end - begin) // inner))
+        while i < stop:
             if level > 1:
                 yield from self._pointed(inode, found[i], level - 1, begin + i * inner, wanted)
-            elif found[i]:
-                yield Segment(begin + i, 1, self._placed(inode, found[i], 1), True)
+                i += 1
+                continue
+            # Blocks that lie side by side at once: a large file has millions.
+            count, at = 1, found[i]
+            while i + count < stop and found[i + count] == (at + count if at else 0):
+                count += 1
+            if at:
+                yield Segment(begin + i, count, self._placed(inode, at, count), True)
+            i += count
 
     def _read_pointers(self, at: int) -> tuple[int, ...]:
         block = self._inodes.block

@@ -28,6 +28,7 @@ _VIRTUAL = (pytsk3.TSK_FS_NAME_TYPE_VIRT, pytsk3.TSK_FS_NAME_TYPE_VIRT_DIR)
 _FIRST_USER_SEGMENT = 24  # of NTFS' master file table: before it is the file system's own
 _OWN_SEGMENTS = frozenset(range(5)) | frozenset(range(6, _FIRST_USER_SEGMENT))  # 5 is the root
 _LOG = 2  # its number in the master file table
+_STUDIED = 1  # source: The Sleuth Kit, tsk_fs.h, TSK_FS_META_ATTR_STUDIED
 _TAIL = 64 * KiB
 _MOST_RUNS = 100_000
 _NOT_RESIDENT = int(pytsk3.TSK_FS_ATTR_NONRES)
@@ -148,7 +149,7 @@ class NtfsFileSystem:
                 number = int(entry.info.name.meta_addr)
                 try:
                     inside = self._stat(number, self._checked(entry, number))
-                except NotFound:
+                except (NotFound, GuestError):
                     inside = unreadable(number)  # ntfs-3g shows the name too
                 found.add(name)
                 if len(found) > _MOST_ENTRIES:
@@ -202,6 +203,8 @@ class NtfsFileSystem:
         try:
             file = self._fs.open_meta(inode)
         except OSError as e:
+            if "metadata structure" in str(e):
+                raise GuestError(f"inode {inode} can't be read: {_words(e)}") from e
             raise NotFound(f"inode {inode} can't be found: {_words(e)}") from e
         return self._checked(file, inode)
 
@@ -210,6 +213,9 @@ class NtfsFileSystem:
         meta = file.info.meta
         if meta is None or not int(meta.flags) & int(pytsk3.TSK_FS_META_FLAG_ALLOC):
             raise NotFound(f"there is no inode {inode}")
+        if int(meta.attr_state) != _STUDIED:
+            # Without them a file would seem to be empty.
+            raise GuestError(f"inode {inode}: The Sleuth Kit can't read its attributes")
         return file
 
     def _name(self, entry: Any, folder: int) -> bytes | None:

@@ -62,7 +62,7 @@ class XfsFileSystem:
             mtime_ns=found.mtime_ns,
             ctime_ns=found.ctime_ns,
             rdev=found.rdev if is_device else 0,
-            has_xattrs=bool(found.attributes),
+            has_xattrs=xfs_attributes.may_have(found),
         )
 
     def list(self, inode: int) -> list[Entry]:

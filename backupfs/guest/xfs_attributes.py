@@ -4,12 +4,19 @@ import struct
 from collections.abc import Iterator, Sequence
 
 from backupfs.errors import GuestError
-from backupfs.guest.xfs_disk import LOCAL, NODE, REMOTE, Disk, Inode, Mapped
+from backupfs.guest.xfs_disk import EXTENTS, LOCAL, NODE, REMOTE, Disk, Inode, Mapped
 
 _IN_LEAF, _ROOT, _SECURE, _PARENT, _INCOMPLETE = 0x1, 0x2, 0x4, 0x8, 0x80
 _ACLS = {b"SGI_ACL_FILE": b"system.posix_acl_access", b"SGI_ACL_DEFAULT": b"system.posix_acl_default"}
 _LEAF_MAGIC, _NODE_MAGIC = (b"\xfb\xee", b"\x3b\xee"), (b"\xfe\xbe", b"\x3e\xbe")
 _LARGEST, _MOST_BLOCKS = 64 << 10, 100_000
+
+
+def may_have(inode: Inode) -> bool:
+    """Whether an inode may have some. Linux keeps room for them where it may get a label, with nothing in it."""
+    if inode.attribute_form == LOCAL:
+        return inode.attributes[2:3] != b"\0" and inode.attributes != b""
+    return bool(inode.attributes) and (inode.attribute_form != EXTENTS or inode.attribute_extents > 0)
 
 
 def attributes(disk: Disk, inode: Inode) -> dict[bytes, bytes]:

@@ -9,6 +9,7 @@ import errno
 import os
 import secrets
 import stat
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -67,6 +68,8 @@ def copy(
         root = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as e:
         raise TargetError(f"{target}: {e.strerror}") from e
+    # Four calls a folder: `inside`, `one`, `_copy`, `_copy_folder`.
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), 4 * DEEPEST + 1000))
     try:
         copier = _Copier(system, root, force, report, progress)
         if name:
@@ -196,8 +199,10 @@ class _Copier:
                 self._progress(self._report)
 
     def _copy_folder(self, parent: int, path: bytes, name: bytes, source: Stat, above: tuple[int, ...]) -> None:
-        if source.inode in above[:-1] or len(above) > DEEPEST:
+        if source.inode in above[:-1]:
             raise GuestError("the folder is inside of itself")
+        if len(above) > DEEPEST:
+            raise GuestError(f"more than {DEEPEST} folders are in each other; what is in this one is not copied")
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, 0o700, dir_fd=parent)
         try:

@@ -19,6 +19,7 @@ class GuestVolume:
     Attributes:
         name: as in DISK.parts: `1`, `vg0-root`; 0 for a disk without partitions.
         size: bytes.
+        disks: names of those that it lies on.
         kind: of what is on it, for people; None: nothing that is known.
         problem: why its files can't be read; None: they can.
         unreadable: the disk below is to blame for that: what is on it nobody knows.
@@ -27,6 +28,7 @@ class GuestVolume:
     def __init__(self, volume: Volume, images: Callable[[], dict[str, Image]], crew: Crew) -> None:
         self.name = volume.name
         self.size = volume.size
+        self.disks = volume.disks
         self._volume = volume
         self._images = images
         self._crew = crew

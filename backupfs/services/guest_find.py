@@ -4,16 +4,16 @@ import fnmatch
 import hashlib
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 from backupfs.errors import BackupfsError, GuestError, NotFound
-from backupfs.filesystem import FileSystem, Stat
+from backupfs.filesystem import FileSystem, Stat, printable
 from backupfs.repository.repository import Repository
 from backupfs.services.diff import differences
-from backupfs.services.guest_files import open_point
+from backupfs.services.guest_files import GuestVolume, open_point
 from backupfs.services.guest_path import GuestPath, choose, look_up, walk
 from backupfs.units import MiB
 
@@ -45,20 +45,21 @@ def find(
     """
     repository.resolve(vm, "latest")
     matches = _matcher(pattern)
-    seen: dict[str, tuple[str, _Found]] = {}  # disk -> the point it was last looked at, and what was found there
+    # disk -> the point it was last looked at, what was found there, and the disks that it lies on
+    seen: dict[str, tuple[str, _Found, frozenset[str]]] = {}
     paths: dict[tuple[str, str, bytes], list[dict[str, Any]]] = {}
     for point in repository.points(vm):
         for name in _disks(repository, vm, point, disk, complain):
             try:
-                before_point, before = seen.get(name, ("", _Found()))
-                if before_point and not any(differences(repository, (vm, before_point), (vm, point), name)):
+                before_point, before, below = seen.get(name, ("", _Found(), frozenset()))
+                if before_point and not _differ(repository, vm, (before_point, point), below):
                     found = before
                 else:
-                    found = _look(repository, vm, point, name, matches, before=before, complain=complain)
+                    found, below = _look(repository, vm, point, name, matches, before=before, complain=complain)
             except BackupfsError as e:
                 complain(Problem(f"{vm}/{point}/{name}", str(e)))
                 continue
-            seen[name] = point, found
+            seen[name] = point, found, below
             for key in sorted(before.keys() | found.keys()):
                 _note(paths.setdefault((name, *key), []), point, before.get(key), found.get(key))
     for (name, volume, path), points in sorted(paths.items()):
@@ -84,9 +85,10 @@ def _look(
     *,
     before: _Found,
     complain: Callable[[Problem], None],
-) -> _Found:
-    """Return what matches on a disk. What can't be read is as it was before."""
+) -> tuple[_Found, frozenset[str]]:
+    """Return what matches on a disk, and the disks that its volumes lie on. What can't be read is as it was before."""
     found: _Found = {}
+    unread: list[tuple[str, bytes]] = []
     with open_point(repository, vm, point, disk) as files:
         unknown = set[str]()
         if not files.complete:
@@ -100,12 +102,27 @@ def _look(
                 if volume.problem is None:
                     with closing(volume.open()) as system:
                         root = system.stat(system.root)
-                        found |= {(volume.name, path): s for path, s in walk(system, root) if matches(path)}
+
+                        def note(path: bytes, e: BackupfsError, volume: GuestVolume = volume) -> None:
+                            complain(Problem(f"{vm}/{point}/{disk}:{volume.name}{printable(path)}", str(e)))
+                            unread.append((volume.name, path))
+
+                        found |= {(volume.name, path): s for path, s in walk(system, root, note) if matches(path)}
             except BackupfsError as e:
                 complain(Problem(where, str(e)))
                 unknown.add(volume.name)
-        found |= {key: s for key, s in before.items() if key[0] in unknown}
-    return found
+        below = frozenset[str]({disk}).union(*(volume.disks for volume in files.volumes.values()))
+    kept = {key: s for key, s in before.items() if key[0] in unknown or any(_is_in(key, place) for place in unread)}
+    return kept | found, below
+
+
+def _is_in(key: tuple[str, bytes], place: tuple[str, bytes]) -> bool:
+    return key[0] == place[0] and (key[1] == place[1] or key[1].startswith(place[1] + b"/"))
+
+
+def _differ(repository: Repository, vm: str, points: tuple[str, str], disks: Iterable[str]) -> bool:
+    """Whether one of these disks is another in the second point."""
+    return any(any(differences(repository, (vm, points[0]), (vm, points[1]), disk)) for disk in disks)
 
 
 def _note(points: list[dict[str, Any]], point: str, before: Stat | None, now: Stat | None) -> None:
@@ -137,16 +154,12 @@ def history(
     repository.resolve(vm, "latest")
     held: dict[str, Any] | None = None
     there = False
-    before_point = ""
+    before_point, below = "", frozenset[str]()
     for point in repository.points(vm):
         try:
-            unchanged = (
-                held is not None
-                and before_point
-                and not any(differences(repository, (vm, before_point), (vm, point), disk))
-            )
+            unchanged = held is not None and before_point and not _differ(repository, vm, (before_point, point), below)
             if not unchanged:
-                found, digest = _version(repository, GuestPath(vm, point, disk, volume, path))
+                found, digest, below = _version(repository, GuestPath(vm, point, disk, volume, path))
         except BackupfsError as e:
             complain(Problem(f"{vm}/{point}/{disk}", str(e)))
             continue
@@ -176,21 +189,24 @@ def _same(held: dict[str, Any], found: Stat | None, digest: str | None) -> bool:
     )
 
 
-def _version(repository: Repository, path: GuestPath) -> tuple[Stat | None, str | None]:
+def _version(repository: Repository, path: GuestPath) -> tuple[Stat | None, str | None, frozenset[str]]:
+    """Return what a path stands for, its SHA-256, and the disks that it lies on."""
+    below = frozenset({path.disk})
     if repository.manifest(path.vm, path.point).disk(path.disk) is None:
-        return None, None
+        return None, None, below
     where = f"{path.vm}/{path.point}/{path.disk}"
     with open_point(repository, path.vm, path.point, path.disk) as files:
         try:
             volume = choose(files, where, path.volume)
         except NotFound:
-            return None, None
+            return None, None, below
+        below |= frozenset(volume.disks)
         with closing(volume.open()) as system:
             try:
                 found = look_up(system, path.path)
             except NotFound:
-                return None, None
-            return found, _digest(system, found) if stat.S_ISREG(found.mode) else None
+                return None, None, below
+            return found, _digest(system, found) if stat.S_ISREG(found.mode) else None, below
 
 
 def _digest(system: FileSystem, file: Stat) -> str:

@@ -1,11 +1,11 @@
 """Paths in guests' file systems: `VM/POINT/DISK:[VOLUME]/path`, and what they lead to."""
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
-from backupfs.errors import GuestError, NotFound, UsageError
+from backupfs.errors import BackupfsError, GuestError, NotFound, UsageError
 from backupfs.filesystem import FileSystem, Stat, printable
 from backupfs.repository import names
 from backupfs.repository.repository import Repository
@@ -125,19 +125,38 @@ def look_up(system: FileSystem, path: bytes) -> Stat:
     return trail[-1]
 
 
-def walk(system: FileSystem, root: Stat) -> Iterator[tuple[bytes, Stat]]:
+def walk(
+    system: FileSystem, root: Stat, complain: Callable[[bytes, BackupfsError], None]
+) -> Iterator[tuple[bytes, Stat]]:
     """Yield (path, what it is) of everything below a folder, folders before what is in them.
 
-    A folder that is inside of itself is not walked into again. Raises GuestError where something can't be read.
+    Args:
+        complain: called with the path of what can't be read, itself or what is in it; the rest is yielded.
     """
     waiting: list[tuple[bytes, Stat, tuple[int, ...]]] = [(b"", root, (root.inode,))]
     while waiting:
         path, folder, above = waiting.pop()
+        try:
+            entries = system.list(folder.inode)
+        except BackupfsError as e:
+            complain(path, e)
+            continue
         inner = []
-        for entry in system.list(folder.inode):
-            inside = path + b"/" + entry.name
-            found = entry.stat if entry.stat.mode else system.stat(entry.stat.inode)  # or it says what is wrong
+        for entry in entries:
+            inside, found = path + b"/" + entry.name, entry.stat
+            if not found.mode:
+                try:
+                    found = system.stat(found.inode)
+                except BackupfsError as e:
+                    complain(inside, e)
+                    continue
             yield inside, found
-            if stat.S_ISDIR(found.mode) and found.inode not in above and len(above) < DEEPEST:
+            if not stat.S_ISDIR(found.mode):
+                continue
+            if found.inode in above:
+                complain(inside, GuestError("the folder is inside of itself"))
+            elif len(above) >= DEEPEST:
+                complain(inside, GuestError(f"more than {DEEPEST} folders in each other"))
+            else:
                 inner.append((inside, found, (*above, found.inode)))
         waiting += reversed(inner)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from commands import BACKUPFS, backupfs, backupfs_json
+from guest_disks import DATA_AT, group, logical, put, put_pv, segment
 from servers import run
 
 from backupfs.units import MiB
@@ -225,3 +226,27 @@ def test_several_volumes(tmp_path: Path, source: Path) -> None:
     assert "several volumes" in backupfs(repo, "ls", "web01/latest/vda:/etc", code=2)
     assert backupfs(repo, "cp", "web01/latest/vda:2/etc/hosts", "-") == "old\n"
     assert json.loads(backupfs(repo, "find", "web01", "hosts", "--json"))[1]["volume"] == "2"
+
+
+def test_a_volume_on_two_disks(tmp_path: Path, source: Path) -> None:
+    """Where only the other disk changed, its files did too."""
+    repo, extent, count = tmp_path / "repo", 64 * 1024, SIZE // (64 * 1024)
+    backupfs(repo, "init")
+    root = logical("root", segment(0, count - 1, '"pv0", 0'), segment(count - 1, 1, '"pv1", 0'))
+    text, size = group(root, pvs=(0, 1), extents=count), DATA_AT + SIZE
+    for point, hosts in ((BEFORE, "old\n"), (AFTER, "new one\n")):
+        (source / "etc/hosts").write_text(hosts)
+        content, command = ext4(tmp_path / "fs", source), ["backup", "web01", "--time", point]
+        for number, part in enumerate((content[: (count - 1) * extent], content[(count - 1) * extent :])):
+            disk = bytearray(size)
+            put_pv(disk, 0, size, number, text)
+            put(disk, DATA_AT, part)
+            path = tmp_path / f"disk{number}"
+            path.write_bytes(disk)
+            command.append(f"vd{'ab'[number]}={path}")
+        backupfs(repo, *command)
+    for disk_name in ("vda", "vdb"):
+        versions = backupfs_json(repo, "history", "web01", f"{disk_name}:vg0-root/etc/hosts")
+        assert [v["sha256"] for v in versions] == [hashlib.sha256(t).hexdigest() for t in (b"old\n", b"new one\n")]
+    found = {f["disk"]: [p["change"] for p in f["points"]] for f in backupfs_json(repo, "find", "web01", "hosts")}
+    assert found == {disk: ["new", "changed"] for disk in ("vda", "vdb")}

@@ -154,3 +154,17 @@ def test_an_ntfs_that_was_in_use(tmp_path: Path) -> None:
     assert notes(used, clean) == ()
     assert "($LogFile) is not replayed" in notes(used)[0]
     assert "($LogFile) is not replayed" in notes(not_used, (9, 0, 0))[0]
+
+
+def test_a_file_longer_than_its_volume(tmp_path: Path) -> None:
+    """The Sleuth Kit can't read the places of such a file, and lists it as an empty one."""
+    path = make_ntfs(tmp_path / "disk")
+    with mounted(path, tmp_path / "mnt", ntfs=True) as root, (root / "long").open("wb") as file:
+        file.truncate(2**31)
+        file.seek(2**31)
+        file.write(b"end")
+    with closing(open_image(path)) as system:
+        (found,) = (entry.stat for entry in system.list(system.root) if entry.name == b"long")
+        assert not found.mode
+        with pytest.raises(GuestError, match="Run length"):
+            system.stat(found.inode)

@@ -117,7 +117,10 @@ def test_folders_inside_of_themselves_end(tmp_path: Path) -> None:
     system.add(3, b"root", 1)
     report = copied(system, tmp_path)
     assert sorted(path for path, _ in report.failed) == ["a/b/root", "a/b/up"]
-    assert [path for path, _ in walk(system, system.stat(1))] == [b"/a", b"/a/b", b"/a/b/up", b"/a/b/root"]
+    said: list[bytes] = []
+    found = [path for path, _ in walk(system, system.stat(1), lambda path, _: said.append(path))]
+    assert found == [b"/a", b"/a/b", b"/a/b/up", b"/a/b/root"]
+    assert said == [b"/a/b/up", b"/a/b/root"]
 
 
 def test_too_deep_folders_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +130,30 @@ def test_too_deep_folders_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for inode in range(1, 20):
         system.add(inode, b"d", inode + 1, FOLDER)
     assert len(copied(system, tmp_path).failed) == 1
-    assert len(list(walk(system, system.stat(1)))) == 5
+    said: list[bytes] = []
+    assert len(list(walk(system, system.stat(1), lambda path, _: said.append(path)))) == 5
+    assert said == [b"/d/d/d/d/d"], "that there is more is not kept secret"
+
+
+def test_deep_folders(tmp_path: Path) -> None:
+    system = FakeFiles()
+    for inode in range(1, 480):
+        system.add(inode, b"d", inode + 1, FOLDER)
+    system.add(480, b"file", 1000, content=b"deep")
+    assert copied(system, tmp_path).failed == []
+    assert tmp_path.joinpath(*["d"] * 479, "file").read_bytes() == b"deep"
+
+
+def test_a_folder_that_can_not_be_read_hides_no_other() -> None:
+    system = FakeFiles()
+    for inode, name in ((2, b"before"), (3, b"damaged"), (4, b"after")):
+        system.add(1, name, inode, FOLDER)
+        system.add(inode, b"file", 10 + inode)
+    system.bad.add(3)
+    said: list[bytes] = []
+    found = {path for path, _ in walk(system, system.stat(1), lambda path, _: said.append(path))}
+    assert found >= {b"/before/file", b"/after/file"}
+    assert said == [b"/damaged"]
 
 
 def test_what_is_not_taken_over(tmp_path: Path) -> None:
