@@ -11,6 +11,9 @@ from typing import Protocol
 from backupfs.errors import BackupfsError
 from backupfs.extents import Extent
 
+LARGEST_XATTR = 64 << 10
+"""Bytes of an extended attribute, as in Linux."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stat:
