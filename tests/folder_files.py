@@ -85,6 +85,9 @@ class FolderFiles:
             return {}
         return {name.encode(): os.getxattr(path, name) for name in os.listxattr(path)}
 
+    def left_out(self, inode: int) -> Sequence[bytes]:
+        return ()
+
     def close(self) -> None:
         self.closed = True
 

@@ -166,6 +166,8 @@ def cp(sources: tuple[str, ...], target: str, force: bool, as_json: bool) -> Non
                 service.copy(system, found, folder, name, force=force, report=report, progress=_Progress())
     if sys.stderr.isatty():
         click.echo("\r\x1b[K", nl=False, err=True)
+    for stream in report.streams:
+        tell(f"{stream}: this stream is too large to be kept as an extended attribute, and was not copied")
     for where, what in report.failed:
         tell(f"{where}: {shown(what)}")
     if as_json:
@@ -215,6 +217,7 @@ def _say_report(report: Any) -> None:
         (report.there, "were there already"),
         (report.left_out, "devices or sockets were left out"),
         (report.harmless, "are not setuid or setgid any more, or lost their capabilities"),
+        (len(report.streams), "alternate streams were not copied"),
         (report.attributes, "lost their owner or extended attributes, which the target does not keep"),
     ):
         if count:

@@ -101,6 +101,12 @@ class XattrsAnswer(msgspec.Struct, tag=True):
     xattrs: list[tuple[bytes, bytes]]
 
 
+class NamesAnswer(msgspec.Struct, tag=True):
+    """Of `left_out`."""
+
+    names: list[bytes]
+
+
 class Failed(msgspec.Struct, tag=True):
     """There is no answer: NotFound, or GuestError."""
 
@@ -109,7 +115,16 @@ class Failed(msgspec.Struct, tag=True):
 
 
 Answer = (
-    Opened | StatAnswer | ListAnswer | BytesAnswer | ExtentsAnswer | ContentsAnswer | RunsAnswer | XattrsAnswer | Failed
+    Opened
+    | StatAnswer
+    | ListAnswer
+    | BytesAnswer
+    | ExtentsAnswer
+    | ContentsAnswer
+    | RunsAnswer
+    | XattrsAnswer
+    | NamesAnswer
+    | Failed
 )
 FromChild = Need | Answer
 FromParent = Order | Ask | Part

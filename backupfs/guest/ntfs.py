@@ -13,7 +13,7 @@ import pytsk3
 
 from backupfs.errors import BackupfsError, GuestError, NotFound
 from backupfs.extents import Extent, coalesce
-from backupfs.filesystem import LARGEST_XATTR, Entry, Run, Stat, unreadable
+from backupfs.filesystem import LARGEST_XATTR, LONGEST_XATTR, Entry, Run, Stat, unreadable
 from backupfs.guest import ntfs_index, ntfs_log, ntfs_reparse
 from backupfs.guest.reading import read
 from backupfs.image import Image
@@ -38,6 +38,7 @@ _INDEX = (
 _STUDIED = 1  # source: The Sleuth Kit, tsk_fs.h, TSK_FS_META_ATTR_STUDIED
 _TAIL = 64 * KiB
 _MOST_RUNS = 100_000
+_PREFIX = b"user."  # before a stream's name, as in ntfs-3g
 _LONGEST_LIST = 256 * KiB  # of attributes, as in Windows
 _NOT_RESIDENT = int(pytsk3.TSK_FS_ATTR_NONRES)
 _STORED_OTHERWISE = int(pytsk3.TSK_FS_ATTR_COMP) | int(pytsk3.TSK_FS_ATTR_ENC)
@@ -202,12 +203,16 @@ class NtfsFileSystem:
         with self._reading(f"inode {inode}"):
             file, found = self._open(inode), dict[bytes, bytes]()
             for name, attribute in self._streams(file):
-                size = int(attribute.info.size)
-                if size <= LARGEST_XATTR:
-                    content = found[b"user." + name] = _content(file, attribute, size)
+                if _fits(name, attribute):
+                    size = int(attribute.info.size)
+                    content = found[_PREFIX + name] = _content(file, attribute, size)
                     if len(content) != size:
                         raise GuestError(f"inode {inode}: a stream can't be read")
             return found
+
+    def left_out(self, inode: int) -> Sequence[bytes]:
+        with self._reading(f"inode {inode}"):
+            return [name for name, attribute in self._streams(self._open(inode)) if not _fits(name, attribute)]
 
     def close(self) -> None:
         self._open.cache_clear()
@@ -440,6 +445,11 @@ def _may_have_streams(file: Any) -> bool:
     # The name of a stream is missing where The Sleuth Kit can't write it.
     named = [bool(attribute.info.name) for attribute in _of_data(file)]
     return any(named) or len(named) > (file.info.meta.type != pytsk3.TSK_FS_META_TYPE_DIR)
+
+
+def _fits(name: bytes, attribute: Any) -> bool:
+    """Whether a stream can be an extended attribute."""
+    return int(attribute.info.size) <= LARGEST_XATTR and len(_PREFIX + name) <= LONGEST_XATTR
 
 
 def _content(file: Any, attribute: Any, length: int) -> bytes:

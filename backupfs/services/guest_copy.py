@@ -36,6 +36,7 @@ class Report:
         files, bytes: copied; `there`: files that were there already, with the same size and time.
         left_out: devices and sockets. `harmless`: what was setuid, setgid or had capabilities, and is not any more.
         attributes: files of which the target does not keep the owner or all extended attributes.
+        streams: alternate streams of NTFS that no extended attribute holds: not copied.
         failed: paths, and what went wrong.
     """
 
@@ -45,6 +46,7 @@ class Report:
     left_out: int = 0
     harmless: int = 0
     attributes: int = 0
+    streams: list[str] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -136,7 +138,7 @@ class _Copier:
             raise TargetError("is there already, and differs; --force replaces it")
         else:
             with self._temporary(folder, name) as temporary:
-                self._make(folder, temporary, source)
+                self._make(folder, temporary, source, path + name)
             self._report.files += 1
         if source.nlink > 1 and kind == stat.S_IFREG:
             self._first_names.setdefault(source.inode, path + name)
@@ -162,7 +164,7 @@ class _Copier:
                 os.unlink(temporary, dir_fd=folder)
             raise
 
-    def _make(self, folder: int, name: bytes, source: Stat) -> None:
+    def _make(self, folder: int, name: bytes, source: Stat, path: bytes) -> None:
         first = self._first_names.get(source.inode) if source.nlink > 1 else None
         if first is not None:
             os.link(first, name, src_dir_fd=self._root, dst_dir_fd=folder, follow_symlinks=False)
@@ -181,7 +183,7 @@ class _Copier:
         try:
             if stat.S_ISREG(source.mode):
                 self._write(file, source)
-            self._finish(file, source)
+            self._finish(file, source, path)
         finally:
             os.close(file)
 
@@ -211,11 +213,11 @@ class _Copier:
             raise TargetError(f"is there already, and is no folder ({e.strerror})") from e
         try:
             self.inside(folder, path + name + b"/", source, above)
-            self._finish(folder, source)
+            self._finish(folder, source, path + name)
         finally:
             os.close(folder)
 
-    def _finish(self, file: int, source: Stat) -> None:
+    def _finish(self, file: int, source: Stat, path: bytes) -> None:
         """Set what is known of a file or folder; times last."""
         kept = True
         if self._is_root:
@@ -226,6 +228,7 @@ class _Copier:
         mode = stat.S_IMODE(source.mode)
         dangerous = bool(mode & _DANGEROUS) and not stat.S_ISDIR(source.mode)
         xattrs = self._system.xattrs(source.inode) if source.has_xattrs else {}
+        left_out = self._system.left_out(source.inode) if source.has_xattrs else ()
         dangerous |= xattrs.pop(_CAPABILITIES, None) is not None
         # An owner who may not write the file can't set xattrs either, so the mode comes after them; an ACL after that.
         kept &= _set_xattrs(file, {k: v for k, v in xattrs.items() if not k.startswith(_ACLS)})
@@ -234,6 +237,7 @@ class _Copier:
         os.utime(file, ns=(source.atime_ns, source.mtime_ns))
         self._report.harmless += dangerous
         self._report.attributes += not kept
+        self._report.streams += [printable(path + b":" + stream) for stream in left_out]
 
 
 def _status(folder: int, name: bytes) -> os.stat_result | None:

@@ -146,6 +146,9 @@ class GuestFileSystem:
         found = self._ask(messages.XattrsAnswer, "xattrs", inode).xattrs
         return {name: value for name, value in found if _is_xattr(name) and len(value) <= 64 << 10}
 
+    def left_out(self, inode: int) -> Sequence[bytes]:
+        return self._ask(messages.NamesAnswer, "left_out", inode).names
+
     def _believed(self, row: messages.StatRow) -> Stat:
         found = Stat(*row)
         numbers = (found.inode, found.size, found.allocated, found.rdev)

@@ -12,7 +12,8 @@ from servers import need, run
 from test_guest_files import LONG, SIZE, differences, fill, look, mounted, open_image
 
 from backupfs.errors import GuestError, NotFound
-from backupfs.units import MiB
+from backupfs.services.guest_copy import Report, copy
+from backupfs.units import KiB, MiB
 
 pytestmark = pytest.mark.timeout(300 if not LONG else 3600)
 
@@ -107,6 +108,39 @@ def test_names_that_are_no_whole_utf_16(tmp_path: Path) -> None:
         assert [line for line in differences(system, root, "allocated") if ": size " not in line] == []
         assert set(system.xattrs(look(system, "many/b^"))) == set(streams)
         assert system.stat(look(system, "many/b^")).size == len(b"content of b^")
+
+
+def test_streams_that_are_no_attributes_are_named(tmp_path: Path) -> None:
+    """What is too large for an extended attribute, or has too long a name; ls and the mount have the others."""
+    path = make_ntfs(tmp_path / "disk")
+    with mounted(path, tmp_path / "mnt", ntfs=True) as root:
+        (root / "folder").mkdir()
+        (root / "folder/file").write_bytes(b"content")
+        for at in (root / "folder", root / "folder/file"):
+            os.setxattr(at, "user.small", b"x" * 64 * KiB)
+            os.setxattr(at, "user." + "ä" * 100, b"long name")
+    add_stream(path, tmp_path, "folder", "large", b"large" * 20_000)
+    add_stream(path, tmp_path, "folder/file", "large", b"large" * 20_000)
+    add_stream(path, tmp_path, "folder/file", "ä" * 130, b"longer name")
+    (tmp_path / "out").mkdir()
+    report = Report()
+    with closing(open_image(path)) as system:
+        assert set(system.xattrs(look(system, "folder/file"))) == {b"user.small", b"user." + "ä".encode() * 100}
+        copy(system, system.stat(system.root), str(tmp_path / "out"), "", force=False, report=report, progress=print)
+    assert sorted(report.streams) == ["folder/file:large", f"folder/file:{'ä' * 130}", "folder:large"]
+    assert report.failed == []
+    assert os.listxattr(tmp_path / "out/folder/file")
+
+
+def add_stream(path: Path, tmp_path: Path, file: str, name: str, content: bytes) -> None:
+    """Write a stream as Windows does: ntfs-3g shows it as FILE:NAME then."""
+    folder = tmp_path / "windows"
+    folder.mkdir(exist_ok=True)
+    run("ntfs-3g", "-o", "streams_interface=windows", path, folder)
+    try:
+        Path(f"{folder}/{file}:{name}").write_bytes(content)
+    finally:
+        run("umount", folder)
 
 
 def test_streams_that_can_not_be_told_apart(tmp_path: Path) -> None:

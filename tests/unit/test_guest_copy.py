@@ -3,7 +3,7 @@
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -71,6 +71,9 @@ class FakeFiles:
 
     def xattrs(self, inode: int) -> dict[bytes, bytes]:
         return {b"security.capability": b"\1\0\0\2" + bytes(16)} if self.stats[inode].uid == 4 else {}
+
+    def left_out(self, inode: int) -> Sequence[bytes]:
+        return [b"large\xff"] if self.stats[inode].uid == 4 else []
 
     def close(self) -> None:
         pass
@@ -165,6 +168,7 @@ def test_what_is_not_taken_over(tmp_path: Path) -> None:
     system.stats[5] = replace(system.stats[5], uid=4)
     report = copied(system, tmp_path)
     assert (report.files, report.left_out, report.harmless, report.failed) == (2, 2, 2, [])
+    assert report.streams == ["capable:large\\xff"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["capable", "setuid"]
     assert stat.S_IMODE((tmp_path / "setuid").stat().st_mode) == 0o755
     assert "security.capability" not in os.listxattr(tmp_path / "capable")
