@@ -5,6 +5,7 @@ import os
 import stat
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,7 +13,7 @@ import click
 
 from backupfs.cli.options import json_option, open_repository, repository_option
 from backupfs.cli.output import print_json, print_json_list, print_table, tell
-from backupfs.errors import BackupfsError, GuestError, NotFound, UsageError
+from backupfs.errors import BackupfsError, GuestError, NotFound, TargetError, UsageError
 from backupfs.filesystem import FileSystem, Stat, printable, shown
 from backupfs.repository import names
 from backupfs.repository.repository import Repository
@@ -66,7 +67,7 @@ def ls(path: str, as_json: bool) -> None:
         if ":" not in path.split("/", 2)[2]:
             _list_volumes(repository, where, as_json)
             return
-        with open_volume(repository, where) as system:
+        with open_volume(repository, where) as (_, system):
             _say_notes(system)
             found = look_up(system, where.path)
             name = where.path.rpartition(b"/")[2]
@@ -144,8 +145,12 @@ def cp(sources: tuple[str, ...], target: str, force: bool, as_json: bool) -> Non
 
     Folders with what is in them; contents, holes, modes, times, extended attributes and ACLs, hard links; owners as
     root. What is there already with the same size and time is not copied again, so the same command goes on with a
-    copy that was interrupted. No device is made, and nothing becomes setuid. TARGET is a folder, or for one source a
-    new name, or - for a file on standard output. Exits with 50 when something could not be copied; the rest is.
+    copy that was interrupted. No device is made, and nothing becomes setuid. Exits with 50 when something could not be
+    copied; the rest is.
+
+    TARGET is a folder to copy into; with a slash at its end it is made if it is not there. Without one, what is not
+    there yet is, as with cp(1), the new name of one source: then the same command again copies into that. All of a
+    volume, DISK:VOLUME/, has no name, and its files are put into TARGET in either case. - is standard output.
     """
     from backupfs.services import guest_copy as service  # noqa: PLC0415, as the other services
 
@@ -155,15 +160,22 @@ def cp(sources: tuple[str, ...], target: str, force: bool, as_json: bool) -> Non
         if target == "-":
             if len(paths) != 1:
                 raise UsageError("one file at a time can be written to standard output")
-            with open_volume(repository, paths[0]) as system:
+            with open_volume(repository, paths[0]) as (_, system):
                 service.write_out(system, look_up(system, paths[0].path), sys.stdout.buffer)
             return
-        for path in paths:
-            with open_volume(repository, path) as system:
-                _say_notes(system)
-                found = look_up(system, path.path)
-                folder, name = _place(path, found, target, only=len(paths) == 1)
-                service.copy(system, found, folder, name, force=force, report=report, progress=_Progress())
+        with ExitStack() as stack:
+            copier: service.Copier | None = None
+            for path in paths:
+                with open_volume(repository, path) as (volume, system):
+                    _say_notes(system)
+                    found = look_up(system, path.path)
+                    folder, name = _place(path, target, only=len(paths) == 1)
+                    if copier is None:
+                        copier = stack.enter_context(
+                            service.Copier(folder, force=force, report=report, progress=_Progress())
+                        )
+                    # A logical volume can be named by each of its disks.
+                    copier.copy(system, (path.vm, path.point, volume.disks, volume.name), found, name)
     if sys.stderr.isatty():
         click.echo("\r\x1b[K", nl=False, err=True)
     for stream in report.streams:
@@ -179,8 +191,15 @@ def cp(sources: tuple[str, ...], target: str, force: bool, as_json: bool) -> Non
         raise GuestError(f"{len(report.failed)} of what was asked for could not be copied")
 
 
-def _place(path: GuestPath, found: Stat, target: str, *, only: bool) -> tuple[str, str]:
-    """Return the folder to copy into, and the name in it; "" for what is in a folder. Raises UsageError."""
+def _place(path: GuestPath, target: str, *, only: bool) -> tuple[str, str]:
+    """Return the folder to copy into, made if need be, and the name in it; "" for what is in a folder.
+
+    Args:
+        only: whether it is the only source.
+
+    Raises:
+        UsageError, TargetError: there is no such folder, and it can't be made.
+    """
     base = os.fsdecode(path.path.rpartition(b"/")[2])
     if base in {".", ".."}:
         raise UsageError(f"{base!r} is no name; name what is to be copied")
@@ -188,14 +207,16 @@ def _place(path: GuestPath, found: Stat, target: str, *, only: bool) -> tuple[st
         return target, base
     folder, name = os.path.split(target.rstrip("/"))
     folder = folder or "."
-    if not only or not os.path.isdir(folder):
+    is_folder = target.endswith("/")
+    if not (only or is_folder) or not os.path.isdir(folder):
         raise UsageError(f"{target}: there is no such folder")
-    if not base:  # all of a volume
-        os.mkdir(target)
-        return target, ""
-    if target.endswith("/") and not stat.S_ISDIR(found.mode):
-        raise UsageError(f"{target}: there is no such folder")
-    return folder, name
+    if base and not is_folder:
+        return folder, name
+    try:
+        os.mkdir(target.rstrip("/"))
+    except OSError as e:
+        raise TargetError(f"{target}: {e.strerror}") from e
+    return target, base
 
 
 class _Progress:

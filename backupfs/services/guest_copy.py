@@ -4,24 +4,24 @@ The guest chose the names, the links and the modes. So everything is done relati
 opened without following links; no device is made, and nothing becomes setuid.
 """
 
-import contextlib
 import errno
 import os
-import secrets
 import stat
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 from backupfs.errors import BackupfsError, GuestError, TargetError
 from backupfs.filesystem import FileSystem, Stat, printable
+from backupfs.services.copy_parts import hold, remove_leftovers, temporary_name
 from backupfs.services.guest_path import DEEPEST
 from backupfs.units import MiB
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _PIECE = MiB
+_COPIED = (stat.S_IFREG, stat.S_IFLNK, stat.S_IFIFO)
 _DANGEROUS = stat.S_ISUID | stat.S_ISGID
 _ACLS = b"system.posix_acl_"
 _CAPABILITIES = b"security.capability"
@@ -53,35 +53,6 @@ class Report:
 Progress = Callable[[Report], None]
 
 
-def copy(
-    system: FileSystem, source: Stat, target: str, name: str, *, force: bool, report: Report, progress: Progress
-) -> None:
-    """Copy a file or folder.
-
-    Args:
-        target: the folder to copy into; it exists.
-        name: what it is to be called there; "": what is in the folder `source`, without itself.
-        force: replace files that are there and differ.
-
-    Raises:
-        TargetError: the target can't be written to at all, or is full.
-    """
-    try:
-        root = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as e:
-        raise TargetError(f"{target}: {e.strerror}") from e
-    # Four calls a folder: `inside`, `one`, `_copy`, `_copy_folder`.
-    sys.setrecursionlimit(max(sys.getrecursionlimit(), 4 * DEEPEST + 1000))
-    try:
-        copier = _Copier(system, root, force, report, progress)
-        if name:
-            copier.one(root, b"", os.fsencode(name), source, (source.inode,))
-        else:
-            copier.inside(root, b"", source, (source.inode,))
-    finally:
-        os.close(root)
-
-
 def write_out(system: FileSystem, source: Stat, out: BinaryIO) -> None:
     """Write a file's content to a stream. Raises GuestError."""
     if not stat.S_ISREG(source.mode):
@@ -95,22 +66,66 @@ def write_out(system: FileSystem, source: Stat, out: BinaryIO) -> None:
         offset += len(piece)
 
 
-class _Copier:
-    def __init__(self, system: FileSystem, root: int, force: bool, report: Report, progress: Progress) -> None:
-        self._system = system
-        self._root = root
+class Copier:
+    """Copies into one folder. A context manager; one thread.
+
+    Args:
+        target: the folder; it exists.
+        force: replace files that are there and differ.
+        report: is added to. `progress` is called with it from time to time.
+
+    Raises:
+        TargetError: the target can't be written to at all, or is full. So does `copy`.
+    """
+
+    def __init__(self, target: str, *, force: bool, report: Report, progress: Progress) -> None:
+        try:
+            self._root = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as e:
+            raise TargetError(f"{target}: {e.strerror}") from e
         self._force = force
         self._report = report
         self._progress = progress
-        self._first_names: dict[int, bytes] = {}  # of what has several, by inode, from the root
+        self._first_names: dict[tuple[Hashable, int], bytes] = {}  # of what has several, by inode, from the root
+        self._tidied = set[tuple[int, int]]()  # folders
         self._is_root = os.geteuid() == 0
+        # Four calls a folder: `_inside`, `_one`, `_copy`, `_copy_folder`.
+        sys.setrecursionlimit(max(sys.getrecursionlimit(), 4 * DEEPEST + 1000))
 
-    def inside(self, folder: int, path: bytes, source: Stat, above: tuple[int, ...]) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._root)
+
+    def copy(self, system: FileSystem, volume: Hashable, source: Stat, name: str) -> None:
+        """Copy a file or folder.
+
+        Args:
+            volume: which one `system` is: of the same, what are hard links in it become hard links.
+            name: what it is to be called; "": what is in the folder `source`, without itself.
+        """
+        self._system, self._volume = system, volume
+        self._tidy(self._root)
+        if name:
+            self._one(self._root, b"", os.fsencode(name), source, (source.inode,))
+        else:
+            self._inside(self._root, b"", source, (source.inode,))
+
+    def _tidy(self, folder: int, *, is_new: bool = False) -> None:
+        """Remove what a copy that was killed left in a folder, once: later it may be a guest's file of such a name."""
+        status = os.fstat(folder)
+        key = status.st_dev, status.st_ino
+        if key not in self._tidied and not is_new:
+            remove_leftovers(folder)
+        self._tidied.add(key)
+
+    def _inside(self, folder: int, path: bytes, source: Stat, above: tuple[int, ...]) -> None:
         """Copy what is in a folder."""
         for entry in self._system.list(source.inode):
-            self.one(folder, path, entry.name, entry.stat, (*above, entry.stat.inode))
+            self._one(folder, path, entry.name, entry.stat, (*above, entry.stat.inode))
 
-    def one(self, folder: int, path: bytes, name: bytes, source: Stat, above: tuple[int, ...]) -> None:
+    def _one(self, folder: int, path: bytes, name: bytes, source: Stat, above: tuple[int, ...]) -> None:
         """Copy one thing, and go on if it fails. `path`: of the folder, from the root, with a slash at its end."""
         try:
             self._copy(folder, path, name, source, above)
@@ -130,18 +145,18 @@ class _Copier:
             self._copy_folder(folder, path, name, source, above)
             return
         there = _status(folder, name)
-        if kind not in {stat.S_IFREG, stat.S_IFLNK, stat.S_IFIFO}:
+        if kind not in _COPIED:
             self._report.left_out += 1
         elif there is not None and self._is_same(folder, name, source, there):
             self._report.there += 1
         elif there is not None and (stat.S_ISDIR(there.st_mode) or not self._force):
             raise TargetError("is there already, and differs; --force replaces it")
         else:
-            with self._temporary(folder, name) as temporary:
+            with temporary_name(folder, name) as temporary:
                 self._make(folder, temporary, source, path + name)
             self._report.files += 1
-        if source.nlink > 1 and kind == stat.S_IFREG:
-            self._first_names.setdefault(source.inode, path + name)
+        if source.nlink > 1 and kind in _COPIED:
+            self._first_names.setdefault((self._volume, source.inode), path + name)
 
     def _is_same(self, folder: int, name: bytes, source: Stat, there: os.stat_result) -> bool:
         if stat.S_IFMT(there.st_mode) != stat.S_IFMT(source.mode):
@@ -152,20 +167,8 @@ class _Copier:
         near = abs(there.st_mtime_ns - source.mtime_ns) < 10**9 if there.st_mtime_ns % 10**9 == 0 else False
         return there.st_size == source.size and (near or there.st_mtime_ns == source.mtime_ns)
 
-    @contextlib.contextmanager
-    def _temporary(self, folder: int, name: bytes) -> Iterator[bytes]:
-        """Give a name for what is being made; afterwards it is in its place, or gone."""
-        temporary = b".backupfs-%s.part" % secrets.token_hex(8).encode()  # no name that a guest could have chosen
-        try:
-            yield temporary
-            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary, dir_fd=folder)
-            raise
-
     def _make(self, folder: int, name: bytes, source: Stat, path: bytes) -> None:
-        first = self._first_names.get(source.inode) if source.nlink > 1 else None
+        first = self._first_names.get((self._volume, source.inode)) if source.nlink > 1 else None
         if first is not None:
             os.link(first, name, src_dir_fd=self._root, dst_dir_fd=folder, follow_symlinks=False)
             return
@@ -180,6 +183,7 @@ class _Copier:
             file = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
         else:
             file = os.open(name, _NEW, 0o600, dir_fd=folder)
+            hold(file)
         try:
             if stat.S_ISREG(source.mode):
                 self._write(file, source)
@@ -205,14 +209,18 @@ class _Copier:
             raise GuestError("the folder is inside of itself")
         if len(above) > DEEPEST:
             raise GuestError(f"more than {DEEPEST} folders are in each other; what is in this one is not copied")
-        with contextlib.suppress(FileExistsError):
+        is_new = True
+        try:
             os.mkdir(name, 0o700, dir_fd=parent)
+        except FileExistsError:
+            is_new = False
         try:
             folder = os.open(name, _FOLDER, dir_fd=parent)
         except OSError as e:
             raise TargetError(f"is there already, and is no folder ({e.strerror})") from e
         try:
-            self.inside(folder, path + name + b"/", source, above)
+            self._tidy(folder, is_new=is_new)
+            self._inside(folder, path + name + b"/", source, above)
             self._finish(folder, source, path + name)
         finally:
             os.close(folder)

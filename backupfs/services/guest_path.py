@@ -78,14 +78,13 @@ def choose(files: GuestFiles, where: str, volume: str) -> GuestVolume:
 
 
 @contextmanager
-def open_volume(repository: Repository, path: GuestPath) -> Iterator[FileSystem]:
-    """Give the file system that a path is in. Raises as `open_point` and `choose`."""
+def open_volume(repository: Repository, path: GuestPath) -> Iterator[tuple[GuestVolume, FileSystem]]:
+    """Give the volume that a path is in, and its file system. Raises as `open_point` and `choose`."""
     where = f"{path.vm}/{path.point}/{path.disk}"
-    with (
-        open_point(repository, path.vm, path.point, path.disk) as files,
-        closing(choose(files, where, path.volume).open()) as system,
-    ):
-        yield system
+    with open_point(repository, path.vm, path.point, path.disk) as files:
+        volume = choose(files, where, path.volume)
+        with closing(volume.open()) as system:
+            yield volume, system
 
 
 def look_up(system: FileSystem, path: bytes) -> Stat:

@@ -128,6 +128,29 @@ def test_all_of_a_volume(repo: Path, source: Path, tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "all/lost+found").stat().st_mode) == 0o700
 
 
+def test_the_same_command_again(repo: Path, tmp_path: Path) -> None:
+    """With a slash at its end a folder that is not there is made, and copied into each time."""
+    etc, sparse, everything = "web01/latest/vda:/etc", "web01/latest/vda:0/sparse", "web01/latest/vda:/"
+    for sources, inside in (
+        ((sparse,), {"sparse"}),
+        ((etc, sparse), {"etc", "sparse"}),
+        ((everything,), {"etc", "sparse", "lost+found"}),
+    ):
+        target = tmp_path / f"restored{len(inside)}"
+        first = backupfs_json(repo, "cp", *sources, f"{target}/")
+        (target / ".backupfs-0123456789abcdef.part").write_text("left by a kill")
+        again = backupfs_json(repo, "cp", *sources, f"{target}/")
+        assert (again["files"], again["there"]) == (0, first["files"])
+        assert {p.name for p in target.iterdir()} == inside
+    backupfs(repo, "cp", etc, tmp_path / "new")
+    assert (tmp_path / "new/hosts").exists()
+    backupfs(repo, "cp", etc, tmp_path / "new")
+    assert (tmp_path / "new/etc/hosts").exists(), "as cp(1)"
+    (tmp_path / "file").touch()
+    assert "file/: File exists" in backupfs(repo, "cp", etc, f"{tmp_path}/file/", code=1)
+    assert "no such folder" in backupfs(repo, "cp", etc, f"{tmp_path}/nothing/restored/", code=2)
+
+
 def test_history(repo: Path) -> None:
     versions = backupfs_json(repo, "history", "web01", "vda:/etc/hosts")
     assert [(v["first"], v["last"], v["size"], v["sha256"]) for v in versions] == [

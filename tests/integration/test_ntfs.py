@@ -12,7 +12,7 @@ from servers import need, run
 from test_guest_files import LONG, SIZE, differences, fill, look, mounted, open_image
 
 from backupfs.errors import GuestError, NotFound
-from backupfs.services.guest_copy import Report, copy
+from backupfs.services.guest_copy import Copier, Report
 from backupfs.units import KiB, MiB
 
 pytestmark = pytest.mark.timeout(300 if not LONG else 3600)
@@ -126,7 +126,8 @@ def test_streams_that_are_no_attributes_are_named(tmp_path: Path) -> None:
     report = Report()
     with closing(open_image(path)) as system:
         assert set(system.xattrs(look(system, "folder/file"))) == {b"user.small", b"user." + "ä".encode() * 100}
-        copy(system, system.stat(system.root), str(tmp_path / "out"), "", force=False, report=report, progress=print)
+        with Copier(str(tmp_path / "out"), force=False, report=report, progress=print) as copier:
+            copier.copy(system, "1", system.stat(system.root), "")
     assert sorted(report.streams) == ["folder/file:large", f"folder/file:{'ä' * 130}", "folder:large"]
     assert report.failed == []
     assert os.listxattr(tmp_path / "out/folder/file")

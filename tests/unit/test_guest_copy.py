@@ -3,7 +3,7 @@
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from backupfs.errors import GuestError, NotFound, TargetError
 from backupfs.extents import Extent
 from backupfs.filesystem import Entry, Stat, printable
 from backupfs.services import guest_path
-from backupfs.services.guest_copy import Report, copy
+from backupfs.services.copy_parts import hold
+from backupfs.services.guest_copy import Copier, Report
 from backupfs.services.guest_path import look_up, walk
 from backupfs.units import MiB
 
@@ -79,9 +80,12 @@ class FakeFiles:
         pass
 
 
-def copied(system: FakeFiles, target: Path, *, force: bool = False) -> Report:
+def copied(
+    system: FakeFiles, target: Path, *, force: bool = False, progress: Callable[[Report], None] = lambda _: None
+) -> Report:
     report = Report()
-    copy(system, system.stat(1), str(target), "", force=force, report=report, progress=lambda _: None)
+    with Copier(str(target), force=force, report=report, progress=progress) as copier:
+        copier.copy(system, "volume", system.stat(1), "")
     return report
 
 
@@ -225,7 +229,7 @@ def test_an_interruption_leaves_no_part(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        copy(system, system.stat(1), str(tmp_path), "", force=False, report=Report(), progress=interrupt)
+        copied(system, tmp_path, progress=interrupt)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -241,6 +245,49 @@ def test_a_full_target_ends_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(TargetError, match=r"^0: No space left"):
         copied(system, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_copy_left_is_removed(tmp_path: Path) -> None:
+    """But not what another one is making, nor a guest's file of such a name, nor what is named almost so."""
+    system = FakeFiles()
+    system.add(1, b"folder", 2, FOLDER)
+    system.add(2, b"file", 3, content=b"x")
+    system.add(2, b".backupfs-00000000000000aa.part", 4, content=b"guest's")
+    left, held = ".backupfs-0123456789abcdef.part", ".backupfs-fedcba9876543210.part"
+    (tmp_path / "folder").mkdir()
+    for folder in (tmp_path, tmp_path / "folder"):
+        (folder / left).write_text("left")
+        (folder / ".backupfs-0000000000000000.part").symlink_to("nowhere")
+        (folder / ".backupfs-1.part").write_text("almost")
+    making = os.open(tmp_path / "folder" / held, os.O_WRONLY | os.O_CREAT)
+    hold(making)
+    report = Report()
+    with Copier(str(tmp_path), force=False, report=report, progress=lambda _: None) as copier:
+        for volume in (1, 2):
+            copier.copy(system, volume, system.stat(1), "")
+    os.close(making)
+    names = {p.name for p in (tmp_path / "folder").iterdir()}
+    assert names == {"file", ".backupfs-00000000000000aa.part", held, ".backupfs-1.part"}
+    assert {p.name for p in tmp_path.iterdir()} == {"folder", ".backupfs-1.part"}
+    assert (report.files, report.there) == (2, 2)
+
+
+def test_hard_links_of_several_sources(tmp_path: Path) -> None:
+    """Files, symbolic links and FIFOs; not of another volume that has the same numbers."""
+    system = FakeFiles()
+    for number, (mode, content) in enumerate(
+        ((stat.S_IFREG | 0o644, b"x"), (LINK, b"target"), (stat.S_IFIFO | 0o600, b""))
+    ):
+        for folder in (20, 30):
+            system.put(folder, FOLDER)
+            system.add(folder, b"%d" % number, 10 + number, mode, content)
+        system.stats[10 + number] = replace(system.stats[10 + number], nlink=2)
+    with Copier(str(tmp_path), force=False, report=Report(), progress=lambda _: None) as copier:
+        for volume, folder, name in (("1", 20, "a"), ("1", 30, "b"), ("2", 30, "c")):
+            copier.copy(system, volume, system.stat(folder), name)
+    for number in range(3):
+        numbers = [(tmp_path / name / str(number)).lstat().st_ino for name in "abc"]
+        assert numbers[0] == numbers[1] != numbers[2]
 
 
 def test_a_file_named_as_a_part_is_a_file(tmp_path: Path) -> None:
