@@ -3,6 +3,7 @@
 import struct
 from dataclasses import dataclass
 
+from backupfs.guest.fat_sector import is_fat
 from backupfs.guest.reading import read
 from backupfs.image import Image
 from backupfs.units import KiB
@@ -78,6 +79,8 @@ def detect(volume: Image) -> Found:
     if head[3:11] == b"NTFS    ":
         return Found(NTFS, "ntfs")
     if head[510:512] == b"\x55\xaa" and (head[54:57] == b"FAT" or head[82:87] == b"FAT32"):
+        return Found(FAT, "vfat")
+    if is_fat(volume):
         return Found(FAT, "vfat")
     return Found(None, "", "no file system was found" if any(head) else "nothing is on it, or nothing that is known")
 
