@@ -70,10 +70,8 @@ def ls(path: str, as_json: bool) -> None:
         with open_volume(repository, where) as (_, system):
             _say_notes(system)
             found = look_up(system, where.path)
-            name = where.path.rpartition(b"/")[2]
-            listed = [(name, found)]
-            if stat.S_ISDIR(found.mode):
-                listed = sorted((entry.name, entry.stat) for entry in system.list(found.inode))
+            entries = system.list(found.stat.inode) if stat.S_ISDIR(found.stat.mode) else [found]
+            listed = sorted((entry.name, entry.stat) for entry in entries)
             links = {s.inode: _target(system, s) for _, s in listed if stat.S_ISLNK(s.mode)}
             damaged = [f"{printable(name)}: {_why(system, s.inode)}" for name, s in listed if not s.mode]
     _print_entries(listed, links, as_json)
@@ -161,7 +159,7 @@ def cp(sources: tuple[str, ...], target: str, force: bool, as_json: bool) -> Non
             if len(paths) != 1:
                 raise UsageError("one file at a time can be written to standard output")
             with open_volume(repository, paths[0]) as (_, system):
-                service.write_out(system, look_up(system, paths[0].path), sys.stdout.buffer)
+                service.write_out(system, look_up(system, paths[0].path).stat, sys.stdout.buffer)
             return
         with ExitStack() as stack:
             copier: service.Copier | None = None
@@ -169,13 +167,13 @@ def cp(sources: tuple[str, ...], target: str, force: bool, as_json: bool) -> Non
                 with open_volume(repository, path) as (volume, system):
                     _say_notes(system)
                     found = look_up(system, path.path)
-                    folder, name = _place(path, target, only=len(paths) == 1)
+                    folder, name = _place(path, found.name, target, only=len(paths) == 1)
                     if copier is None:
                         copier = stack.enter_context(
                             service.Copier(folder, force=force, report=report, progress=_Progress())
                         )
                     # A logical volume can be named by each of its disks.
-                    copier.copy(system, (path.vm, path.point, volume.disks, volume.name), found, name)
+                    copier.copy(system, (path.vm, path.point, volume.disks, volume.name), found.stat, name)
     if sys.stderr.isatty():
         click.echo("\r\x1b[K", nl=False, err=True)
     for stream in report.streams:
@@ -191,32 +189,33 @@ def cp(sources: tuple[str, ...], target: str, force: bool, as_json: bool) -> Non
         raise GuestError(f"{len(report.failed)} of what was asked for could not be copied")
 
 
-def _place(path: GuestPath, target: str, *, only: bool) -> tuple[str, str]:
+def _place(path: GuestPath, name: bytes, target: str, *, only: bool) -> tuple[str, str]:
     """Return the folder to copy into, made if need be, and the name in it; "" for what is in a folder.
 
     Args:
+        name: as the guest has it.
         only: whether it is the only source.
 
     Raises:
         UsageError, TargetError: there is no such folder, and it can't be made.
     """
-    base = os.fsdecode(path.path.rpartition(b"/")[2])
-    if base in {".", ".."}:
-        raise UsageError(f"{base!r} is no name; name what is to be copied")
+    last = os.fsdecode(path.path.rpartition(b"/")[2])
+    if last in {".", ".."}:
+        raise UsageError(f"{last!r} is no name; name what is to be copied")
     if os.path.isdir(target):
-        return target, base
-    folder, name = os.path.split(target.rstrip("/"))
+        return target, os.fsdecode(name)
+    folder, new = os.path.split(target.rstrip("/"))
     folder = folder or "."
     is_folder = target.endswith("/")
     if not (only or is_folder) or not os.path.isdir(folder):
         raise UsageError(f"{target}: there is no such folder")
-    if base and not is_folder:
-        return folder, name
+    if name and not is_folder:
+        return folder, new
     try:
         os.mkdir(target.rstrip("/"))
     except OSError as e:
         raise TargetError(f"{target}: {e.strerror}") from e
-    return target, base
+    return target, os.fsdecode(name)
 
 
 class _Progress:

@@ -203,7 +203,7 @@ def _version(repository: Repository, path: GuestPath) -> tuple[Stat | None, str 
         below |= frozenset(volume.disks)
         with closing(volume.open()) as system:
             try:
-                found = look_up(system, path.path)
+                found = look_up(system, path.path).stat
             except NotFound:
                 return None, None, below
             return found, _digest(system, found) if stat.S_ISREG(found.mode) else None, below

@@ -309,14 +309,33 @@ def test_paths_and_links_on_the_way() -> None:
     system.add(1, b"absolute", 7, LINK, b"/usr")
     system.add(1, b"circle", 8, LINK, b"circle/x")
     for path in (b"usr/lib/file", b"lib/file", b"/lib/up/file", b"absolute/lib/./file", b"usr/../lib/../lib/file"):
-        assert look_up(system, path).inode == 4, path
-    assert look_up(system, b"lib").inode == 5, "the last one is not followed"
-    assert look_up(system, b"").inode == 1
+        assert look_up(system, path).stat.inode == 4, path
+    assert look_up(system, b"lib").stat.inode == 5, "the last one is not followed"
+    assert look_up(system, b"").stat.inode == 1
     with pytest.raises(GuestError, match="too many"):
         look_up(system, b"circle/y")
     for path in (b"nothing", b"usr/lib/file/below", b"lib/nothing"):
         with pytest.raises(NotFound):
             look_up(system, path)
+
+
+def test_names_of_windows_in_any_case() -> None:
+    """The one that is meant comes first; of several in other cases none is."""
+    system = FakeFiles(kind="ntfs")
+    system.add(1, b"Windows", 2, FOLDER)
+    for inode, name in ((3, b"System.INI"), (4, "Größe".encode()), (5, b"a"), (6, b"A"), (7, b"bB"), (8, b"Bb")):
+        system.add(2, name, inode)
+    for path, inode in (("WINDOWS/system.ini", 3), ("windows/GRÖßE", 4), ("Windows/a", 5), ("windows/A", 6)):
+        assert look_up(system, path.encode()).stat.inode == inode, path
+    assert look_up(system, b"windows/SYSTEM.ini").name == b"System.INI"
+    with pytest.raises(NotFound, match="in other cases: bB, Bb"):
+        look_up(system, b"windows/BB")
+    for path in ("windows/GRÖSSE", "windows/other"):
+        with pytest.raises(NotFound):
+            look_up(system, path.encode())
+    system.kind = "ext4"
+    with pytest.raises(NotFound):
+        look_up(system, b"windows")
 
 
 def test_names_do_nothing_to_a_terminal() -> None:
