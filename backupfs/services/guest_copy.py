@@ -214,10 +214,7 @@ class Copier:
             os.mkdir(name, 0o700, dir_fd=parent)
         except FileExistsError:
             is_new = False
-        try:
-            folder = os.open(name, _FOLDER, dir_fd=parent)
-        except OSError as e:
-            raise TargetError(f"is there already, and is no folder ({e.strerror})") from e
+        folder = _open_folder(parent, name)
         try:
             self._tidy(folder, is_new=is_new)
             self._inside(folder, path + name + b"/", source, above)
@@ -253,6 +250,28 @@ def _status(folder: int, name: bytes) -> os.stat_result | None:
         return os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
         return None
+
+
+def _open_folder(parent: int, name: bytes) -> int:
+    """Open a folder that is to be written into. What was copied already may have modes that its owner can't, either.
+
+    Raises:
+        TargetError: it is none.
+    """
+    try:
+        place = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    except OSError as e:
+        if e.errno in {errno.ENOTDIR, errno.ELOOP}:
+            raise TargetError(f"is there already, and is no folder ({e.strerror})") from e
+        raise
+    try:
+        status = os.fstat(place)
+        if status.st_uid == os.geteuid() != 0 and status.st_mode & stat.S_IRWXU != stat.S_IRWXU:
+            # By its descriptor: its name may be another's by now.
+            os.chmod(f"/proc/self/fd/{place}", stat.S_IMODE(status.st_mode) | stat.S_IRWXU)
+        return os.open(b".", _FOLDER, dir_fd=place)
+    finally:
+        os.close(place)
 
 
 def _set_xattrs(file: int, xattrs: Mapping[bytes, bytes]) -> bool:

@@ -2,10 +2,12 @@
 
 import errno
 import os
+import pickle
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -288,6 +290,55 @@ def test_hard_links_of_several_sources(tmp_path: Path) -> None:
     for number in range(3):
         numbers = [(tmp_path / name / str(number)).lstat().st_ino for name in "abc"]
         assert numbers[0] == numbers[1] != numbers[2]
+
+
+def test_folders_that_their_owner_may_not_write_to(tmp_path: Path) -> None:
+    """Copied by an ordinary user, twice: the modes are the guest's each time. What another owns is told apart."""
+    system = FakeFiles()
+    for inode, mode in ((2, 0), (3, 0o500), (4, 0o300)):
+        system.add(1, b"%d" % inode, inode, stat.S_IFDIR | mode)
+        system.add(inode, b"file", 10 + inode, stat.S_IFREG, content=b"x")
+        system.add(inode, b"inner", 20 + inode, stat.S_IFDIR | mode)
+    system.add(1, b"another's", 30, FOLDER)
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "another's").mkdir(0o700)
+
+    def copy_twice() -> list[tuple[int, int, list[tuple[str, str]]]]:
+        # By a path from here on: folders above are root's alone.
+        reports = [copied(system, Path()) for _ in range(2)]
+        return [(report.files, report.there, report.failed) for report in reports]
+
+    found = as_ordinary_user(target, copy_twice)
+    denied = [("another's", "Permission denied")]
+    assert found == [(3, 0, denied), (0, 3, denied)]
+    modes = [stat.S_IMODE((target / name).stat().st_mode) for name in ("2", "3", "4", "2/inner", "3/inner")]
+    assert modes == [0, 0o500, 0o300, 0, 0o500]
+
+
+def as_ordinary_user(folder: Path, call: Callable[[], Any]) -> Any:
+    """Return what a function returns in a process of somebody who is not root, and to whom `folder` belongs."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    os.chown(folder, 65534, 65534)
+    at = os.open(folder, os.O_RDONLY)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.fchdir(at)
+            os.setgroups([])
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+            os.write(writing, pickle.dumps(call()))
+        finally:
+            os._exit(0)
+    os.close(writing)
+    os.close(at)
+    with open(reading, "rb") as said:
+        found = pickle.load(said)
+    os.waitpid(child, 0)
+    return found
 
 
 def test_a_file_named_as_a_part_is_a_file(tmp_path: Path) -> None:
