@@ -23,11 +23,11 @@ from backupfs.units import format_size
 _WHERE = "VM/POINT/DISK:[VOLUME]/PATH"
 
 
-def _name(name: bytes) -> dict[str, str]:
-    """Return a guest's name for JSON; what is not UTF-8 also as it is."""
-    shown = {"name": name.decode(errors="backslashreplace")}
+def _exactly(key: str, name: bytes) -> dict[str, str]:
+    """Return a guest's name, path or target for JSON; what is not UTF-8 also as it is."""
+    shown = {key: name.decode(errors="backslashreplace")}
     exact = name.decode(errors="ignore").encode() == name
-    return shown if exact else {**shown, "name_base64": base64.b64encode(name).decode()}
+    return shown if exact else {**shown, f"{key}_base64": base64.b64encode(name).decode()}
 
 
 def _facts(s: Stat) -> dict[str, Any]:
@@ -83,8 +83,8 @@ def ls(path: str, as_json: bool) -> None:
 
 def _print_entries(listed: Sequence[tuple[bytes, Stat]], links: Mapping[int, bytes], as_json: bool) -> None:
     if as_json:
-        more = [{"target": _name(links[s.inode])["name"]} if s.inode in links else {} for _, s in listed]
-        print_json([{**_name(n), **_facts(s), **extra} for (n, s), extra in zip(listed, more, strict=True)])
+        more = [_exactly("target", links[s.inode]) if s.inode in links else {} for _, s in listed]
+        print_json([{**_exactly("name", n), **_facts(s), **extra} for (n, s), extra in zip(listed, more, strict=True)])
         return
     rows: list[tuple[str, ...]] = []
     for entry, s in listed:
@@ -254,7 +254,7 @@ def find(vm: str, pattern: str, disk: str | None, as_json: bool) -> None:
     """Find files by name in all points of a VM: in which they are, and where they changed.
 
     NAME-OR-GLOB is compared with the last part of a path, or with the end of all of it if it has a slash. A disk that
-    did not change between two points is not looked at again.
+    did not change between two points is not looked at again. Where nothing is found it says so, and exits with 1.
     """
     from backupfs.services import guest_find as service  # noqa: PLC0415, as the other services
 
@@ -262,14 +262,18 @@ def find(vm: str, pattern: str, disk: str | None, as_json: bool) -> None:
     with open_repository() as repository:
         checked = names.check_name(disk, "disk") if disk else None
         found = service.find(repository, names.check_name(vm, "VM"), pattern, checked, problems.append)
+        count = 0
         if as_json:
-            print_json_list(_as_document(item) for item in found)
+            count = print_json_list(_as_document(item) for item in found)
         else:
             for item in found:
+                count += 1
                 click.echo(f"{item['disk']}:{item['volume']}{printable(item['path'])}")
                 for p in item["points"]:
                     click.echo(f"  {_points(p['point'], p.get('last'))}  {p['change']}{_size_and_time(p.get('stat'))}")
     _complain(problems)
+    if not count:
+        raise BackupfsError("nothing found")
 
 
 def _points(first: str, last: str | None) -> str:
@@ -281,10 +285,9 @@ def _size_and_time(s: Stat | None) -> str:
 
 
 def _as_document(item: dict[str, Any]) -> dict[str, Any]:
-    path = _name(item["path"])
-    named = {key.replace("name", "path"): value for key, value in path.items()}
+    path = _exactly("path", item["path"])
     points = [{k: v for k, v in p.items() if k != "stat"} | _short(p.get("stat")) for p in item["points"]]
-    return {"disk": item["disk"], "volume": item["volume"], **named, "points": points}
+    return {"disk": item["disk"], "volume": item["volume"], **path, "points": points}
 
 
 def _short(s: Stat | None) -> dict[str, Any]:
