@@ -8,7 +8,7 @@ import errno
 import os
 import stat
 import sys
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Container, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import BinaryIO, Self
 
@@ -237,6 +237,7 @@ class Copier:
         dangerous |= xattrs.pop(_CAPABILITIES, None) is not None
         # An owner who may not write the file can't set xattrs either, so the mode comes after them; an ACL after that.
         kept &= _set_xattrs(file, {k: v for k, v in xattrs.items() if not k.startswith(_ACLS)})
+        kept &= _remove_acls(file, xattrs)
         os.fchmod(file, mode if stat.S_ISDIR(source.mode) else mode & ~_DANGEROUS)
         kept &= _set_xattrs(file, {k: v for k, v in xattrs.items() if k.startswith(_ACLS)})
         os.utime(file, ns=(source.atime_ns, source.mtime_ns))
@@ -272,6 +273,20 @@ def _open_folder(parent: int, name: bytes) -> int:
         return os.open(b".", _FOLDER, dir_fd=place)
     finally:
         os.close(place)
+
+
+def _remove_acls(file: int, wanted: Container[bytes]) -> bool:
+    """Remove the ACLs that are not the guest's but come from the folder above; return whether that could be done.
+
+    Before the mode is set: as long as there is an ACL its group is the ACL's mask.
+    """
+    try:
+        for name in map(os.fsencode, os.listxattr(file)):
+            if name.startswith(_ACLS) and name not in wanted:
+                os.removexattr(file, name)
+    except OSError as e:
+        return e.errno == errno.EOPNOTSUPP
+    return True
 
 
 def _set_xattrs(file: int, xattrs: Mapping[bytes, bytes]) -> bool:

@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import stat
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -91,6 +92,7 @@ def copied(
     return report
 
 
+NOBODY = 2**32 - 1  # in an ACL's entries that are of nobody by name
 LINK, FOLDER = stat.S_IFLNK | 0o777, stat.S_IFDIR | 0o755
 
 
@@ -339,6 +341,26 @@ def as_ordinary_user(folder: Path, call: Callable[[], Any]) -> Any:
         found = pickle.load(said)
     os.waitpid(child, 0)
     return found
+
+
+def test_acls_of_the_target_are_not_the_copys(tmp_path: Path) -> None:
+    """A folder's default ACL goes to all that is made in it: the guest's modes would mean something else."""
+    rows = ((1, 7, NOBODY), (2, 7, 1000), (4, 5, NOBODY), (16, 7, NOBODY), (32, 5, NOBODY))
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *row) for row in rows)
+    try:
+        os.setxattr(tmp_path, "system.posix_acl_default", acl)
+    except OSError:
+        pytest.skip("no ACLs here")
+    system = FakeFiles()
+    system.add(1, b"folder", 2, stat.S_IFDIR | 0o750)
+    system.add(2, b"file", 3, stat.S_IFREG | 0o640, b"x")
+    system.add(2, b"fifo", 4, stat.S_IFIFO | 0o640)
+    report = copied(system, tmp_path)
+    assert (report.failed, report.attributes) == ([], 0)
+    for path, mode in (("folder", 0o750), ("folder/file", 0o640), ("folder/fifo", 0o640)):
+        assert os.listxattr(tmp_path / path) == [], path
+        assert stat.S_IMODE((tmp_path / path).stat().st_mode) == mode, path
+    assert os.listxattr(tmp_path) == ["system.posix_acl_default"]
 
 
 def test_a_file_named_as_a_part_is_a_file(tmp_path: Path) -> None:
