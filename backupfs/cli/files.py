@@ -150,6 +150,7 @@ def cp(sources: tuple[str, ...], target: str, force: bool, as_json: bool) -> Non
     there yet is, as with cp(1), the new name of one source: then the same command again copies into that. All of a
     volume, DISK:VOLUME/, has no name, and its files are put into TARGET in either case. - is standard output.
     """
+    from backupfs.services import copy_content  # noqa: PLC0415, as the other services
     from backupfs.services import guest_copy as service  # noqa: PLC0415, as the other services
 
     report = service.Report()
@@ -159,7 +160,7 @@ def cp(sources: tuple[str, ...], target: str, force: bool, as_json: bool) -> Non
             if len(paths) != 1:
                 raise UsageError("one file at a time can be written to standard output")
             with open_volume(repository, paths[0]) as (_, system):
-                service.write_out(system, look_up(system, paths[0].path).stat, sys.stdout.buffer)
+                copy_content.write_out(system, look_up(system, paths[0].path).stat, sys.stdout.buffer)
             return
         with ExitStack() as stack:
             copier: service.Copier | None = None

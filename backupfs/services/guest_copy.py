@@ -10,17 +10,16 @@ import stat
 import sys
 from collections.abc import Callable, Container, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import BinaryIO, Self
+from typing import Self
 
 from backupfs.errors import BackupfsError, GuestError, TargetError
 from backupfs.filesystem import FileSystem, Stat, printable
+from backupfs.services.copy_content import write_content
 from backupfs.services.copy_parts import hold, remove_leftovers, temporary_name
 from backupfs.services.guest_path import DEEPEST
-from backupfs.units import MiB
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_PIECE = MiB
 _COPIED = (stat.S_IFREG, stat.S_IFLNK, stat.S_IFIFO)
 _DANGEROUS = stat.S_ISUID | stat.S_ISGID
 _ACLS = b"system.posix_acl_"
@@ -51,19 +50,6 @@ class Report:
 
 
 Progress = Callable[[Report], None]
-
-
-def write_out(system: FileSystem, source: Stat, out: BinaryIO) -> None:
-    """Write a file's content to a stream. Raises GuestError."""
-    if not stat.S_ISREG(source.mode):
-        raise GuestError("only a file can be written to standard output")
-    offset = 0
-    while offset < source.size:
-        piece = system.read(source.inode, offset, _PIECE)
-        if not piece:
-            raise GuestError(f"the file ends at {offset}, not at {source.size}")
-        out.write(piece)
-        offset += len(piece)
 
 
 class Copier:
@@ -186,23 +172,14 @@ class Copier:
             hold(file)
         try:
             if stat.S_ISREG(source.mode):
-                self._write(file, source)
+                write_content(self._system, source, file, self._note)
             self._finish(file, source, path)
         finally:
             os.close(file)
 
-    def _write(self, file: int, source: Stat) -> None:
-        os.ftruncate(file, source.size)
-        for extent in self._system.extents(source.inode, 0, source.size):
-            offset = extent.offset
-            while offset < extent.end and not extent.flag:
-                piece = self._system.read(source.inode, offset, min(_PIECE, extent.end - offset))
-                if not piece:
-                    raise GuestError(f"the file ends at {offset}, not at {source.size}")
-                _write_all(file, piece, offset)
-                offset += len(piece)
-                self._report.bytes += len(piece)
-                self._progress(self._report)
+    def _note(self, written: int) -> None:
+        self._report.bytes += written
+        self._progress(self._report)
 
     def _copy_folder(self, parent: int, path: bytes, name: bytes, source: Stat, above: tuple[int, ...]) -> None:
         if source.inode in above[:-1]:
@@ -298,10 +275,3 @@ def _set_xattrs(file: int, xattrs: Mapping[bytes, bytes]) -> bool:
         except OSError:
             kept = False
     return kept
-
-
-def _write_all(file: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(file, view, offset)
-        view, offset = view[done:], offset + done

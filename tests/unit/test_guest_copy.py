@@ -19,7 +19,7 @@ from backupfs.services import guest_path
 from backupfs.services.copy_parts import hold
 from backupfs.services.guest_copy import Copier, Report
 from backupfs.services.guest_path import look_up, walk
-from backupfs.units import MiB
+from backupfs.units import KiB, MiB
 
 TIME = 1_700_000_000_123_456_789
 
@@ -165,6 +165,32 @@ def test_a_folder_that_can_not_be_read_hides_no_other() -> None:
     found = {path for path, _ in walk(system, system.stat(1), lambda path, _: said.append(path))}
     assert found >= {b"/before/file", b"/after/file"}
     assert said == [b"/damaged"]
+
+
+def test_a_file_in_many_pieces_is_read_in_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies near each other is read at once, and holes stay holes."""
+    pieces = [(number * 8 * KiB, KiB) for number in range(3000)]  # 24 MiB
+    pieces += [(40 * MiB, 5 * MiB // 2), (50 * MiB, 100)]
+    content = bytearray(60 * MiB)
+    for offset, length in pieces:
+        content[offset : offset + length] = bytes([1 + offset % 251]) * length
+
+    def extents(_: FakeFiles, inode: int, offset: int, length: int) -> Iterator[Extent]:
+        position = 0
+        for begin, size in [*pieces, (length, 0)]:
+            yield Extent(position, begin - position, True)
+            yield Extent(begin, size, False)
+            position = begin + size
+
+    monkeypatch.setattr(FakeFiles, "extents", extents)
+    system = FakeFiles()
+    system.add(1, b"file", 2, content=bytes(content))
+    report = copied(system, tmp_path)
+    assert (report.failed, report.bytes) == ([], sum(length for _, length in pieces))
+    assert (tmp_path / "file").read_bytes() == content
+    assert system.reads < 40
+    with (tmp_path / "file").open("rb") as file:
+        assert os.lseek(file.fileno(), 24 * MiB, os.SEEK_DATA) == 40 * MiB
 
 
 def test_what_is_not_taken_over(tmp_path: Path) -> None:
