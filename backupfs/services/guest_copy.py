@@ -72,7 +72,8 @@ class Copier:
         self._force = force
         self._report = report
         self._progress = progress
-        self._first_names: dict[tuple[Hashable, int], bytes] = {}  # of what has several, by inode, from the root
+        # Of what has several names, by inode: one of them, from the root, and its inode here.
+        self._names: dict[tuple[Hashable, int], tuple[bytes, int]] = {}
         self._tidied = set[tuple[int, int]]()  # folders
         self._is_root = os.geteuid() == 0
         # Four calls a folder: `_inside`, `_one`, `_copy`, `_copy_folder`.
@@ -142,7 +143,8 @@ class Copier:
                 self._make(folder, temporary, source, path + name)
             self._report.files += 1
         if source.nlink > 1 and kind in _COPIED:
-            self._first_names.setdefault((self._volume, source.inode), path + name)
+            made = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            self._names[self._volume, source.inode] = path + name, made.st_ino
 
     def _is_same(self, folder: int, name: bytes, source: Stat, there: os.stat_result) -> bool:
         if stat.S_IFMT(there.st_mode) != stat.S_IFMT(source.mode):
@@ -154,9 +156,7 @@ class Copier:
         return there.st_size == source.size and (near or there.st_mtime_ns == source.mtime_ns)
 
     def _make(self, folder: int, name: bytes, source: Stat, path: bytes) -> None:
-        first = self._first_names.get((self._volume, source.inode)) if source.nlink > 1 else None
-        if first is not None:
-            os.link(first, name, src_dir_fd=self._root, dst_dir_fd=folder, follow_symlinks=False)
+        if source.nlink > 1 and self._link(folder, name, source):
             return
         if stat.S_ISLNK(source.mode):
             os.symlink(self._system.readlink(source.inode), name, dir_fd=folder)
@@ -176,6 +176,17 @@ class Copier:
             self._finish(file, source, path)
         finally:
             os.close(file)
+
+    def _link(self, folder: int, name: bytes, source: Stat) -> bool:
+        """Make a hard link to what was copied already; return False if that is not there."""
+        other, inode = self._names.get((self._volume, source.inode), (b"", 0))
+        if not other:
+            return False
+        os.link(other, name, src_dir_fd=self._root, dst_dir_fd=folder, follow_symlinks=False)
+        if os.stat(name, dir_fd=folder, follow_symlinks=False).st_ino == inode:
+            return True
+        os.unlink(name, dir_fd=folder)  # another source has replaced it
+        return False
 
     def _note(self, written: int) -> None:
         self._report.bytes += written

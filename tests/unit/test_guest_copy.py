@@ -369,6 +369,19 @@ def as_ordinary_user(folder: Path, call: Callable[[], Any]) -> Any:
     return found
 
 
+def test_a_hard_link_to_what_was_replaced_is_none(tmp_path: Path) -> None:
+    """The second source has a file of the name that the first one's has, and --force; the third is its other name."""
+    system = FakeFiles()
+    for folder, name, inode, content in ((20, b"x", 10, b"one"), (30, b"x", 11, b"another"), (40, b"y", 10, b"")):
+        system.put(folder, FOLDER)
+        system.add(folder, name, inode, content=content)
+    system.stats[10] = replace(system.stats[10], nlink=2)
+    with Copier(str(tmp_path), force=True, report=Report(), progress=lambda _: None) as copier:
+        for folder in (20, 30, 40):
+            copier.copy(system, "1", system.stat(folder), "")
+    assert [(tmp_path / name).read_bytes() for name in "xy"] == [b"another", b"one"]
+
+
 def test_acls_of_the_target_are_not_the_copys(tmp_path: Path) -> None:
     """A folder's default ACL goes to all that is made in it: the guest's modes would mean something else."""
     rows = ((1, 7, NOBODY), (2, 7, 1000), (4, 5, NOBODY), (16, 7, NOBODY), (32, 5, NOBODY))
