@@ -11,6 +11,9 @@ from typing import Protocol
 from backupfs.errors import BackupfsError
 from backupfs.extents import Extent
 
+LARGEST_XATTR, LONGEST_XATTR = 64 << 10, 255
+"""Bytes of an extended attribute and of its name, as in Linux."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stat:
@@ -102,6 +105,9 @@ class FileSystem(Protocol):
 
     def xattrs(self, inode: int) -> dict[bytes, bytes]:
         """Return extended attributes, full names; POSIX ACLs as system.posix_acl_access and _default, as Linux does."""
+
+    def left_out(self, inode: int) -> Sequence[bytes]:
+        """Return the names of alternate streams that `xattrs` does not have: too large for one, or too long a name."""
 
     def close(self) -> None:
         """Let it go."""

@@ -5,6 +5,7 @@ import os
 import stat
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,7 +13,7 @@ import click
 
 from backupfs.cli.options import json_option, open_repository, repository_option
 from backupfs.cli.output import print_json, print_json_list, print_table, tell
-from backupfs.errors import BackupfsError, GuestError, NotFound, UsageError
+from backupfs.errors import BackupfsError, GuestError, NotFound, TargetError, UsageError
 from backupfs.filesystem import FileSystem, Stat, printable, shown
 from backupfs.repository import names
 from backupfs.repository.repository import Repository
@@ -22,11 +23,11 @@ from backupfs.units import format_size
 _WHERE = "VM/POINT/DISK:[VOLUME]/PATH"
 
 
-def _name(name: bytes) -> dict[str, str]:
-    """Return a guest's name for JSON; what is not UTF-8 also as it is."""
-    shown = {"name": name.decode(errors="backslashreplace")}
+def _exactly(key: str, name: bytes) -> dict[str, str]:
+    """Return a guest's name, path or target for JSON; what is not UTF-8 also as it is."""
+    shown = {key: name.decode(errors="backslashreplace")}
     exact = name.decode(errors="ignore").encode() == name
-    return shown if exact else {**shown, "name_base64": base64.b64encode(name).decode()}
+    return shown if exact else {**shown, f"{key}_base64": base64.b64encode(name).decode()}
 
 
 def _facts(s: Stat) -> dict[str, Any]:
@@ -66,13 +67,11 @@ def ls(path: str, as_json: bool) -> None:
         if ":" not in path.split("/", 2)[2]:
             _list_volumes(repository, where, as_json)
             return
-        with open_volume(repository, where) as system:
+        with open_volume(repository, where) as (_, system):
             _say_notes(system)
             found = look_up(system, where.path)
-            name = where.path.rpartition(b"/")[2]
-            listed = [(name, found)]
-            if stat.S_ISDIR(found.mode):
-                listed = sorted((entry.name, entry.stat) for entry in system.list(found.inode))
+            entries = system.list(found.stat.inode) if stat.S_ISDIR(found.stat.mode) else [found]
+            listed = sorted((entry.name, entry.stat) for entry in entries)
             links = {s.inode: _target(system, s) for _, s in listed if stat.S_ISLNK(s.mode)}
             damaged = [f"{printable(name)}: {_why(system, s.inode)}" for name, s in listed if not s.mode]
     _print_entries(listed, links, as_json)
@@ -84,8 +83,8 @@ def ls(path: str, as_json: bool) -> None:
 
 def _print_entries(listed: Sequence[tuple[bytes, Stat]], links: Mapping[int, bytes], as_json: bool) -> None:
     if as_json:
-        more = [{"target": _name(links[s.inode])["name"]} if s.inode in links else {} for _, s in listed]
-        print_json([{**_name(n), **_facts(s), **extra} for (n, s), extra in zip(listed, more, strict=True)])
+        more = [_exactly("target", links[s.inode]) if s.inode in links else {} for _, s in listed]
+        print_json([{**_exactly("name", n), **_facts(s), **extra} for (n, s), extra in zip(listed, more, strict=True)])
         return
     rows: list[tuple[str, ...]] = []
     for entry, s in listed:
@@ -144,9 +143,14 @@ def cp(sources: tuple[str, ...], target: str, force: bool, as_json: bool) -> Non
 
     Folders with what is in them; contents, holes, modes, times, extended attributes and ACLs, hard links; owners as
     root. What is there already with the same size and time is not copied again, so the same command goes on with a
-    copy that was interrupted. No device is made, and nothing becomes setuid. TARGET is a folder, or for one source a
-    new name, or - for a file on standard output. Exits with 50 when something could not be copied; the rest is.
+    copy that was interrupted. No device is made, and nothing becomes setuid. Exits with 50 when something could not be
+    copied; the rest is.
+
+    TARGET is a folder to copy into; with a slash at its end it is made if it is not there. Without one, what is not
+    there yet is, as with cp(1), the new name of one source: then the same command again copies into that. All of a
+    volume, DISK:VOLUME/, has no name, and its files are put into TARGET in either case. - is standard output.
     """
+    from backupfs.services import copy_content  # noqa: PLC0415, as the other services
     from backupfs.services import guest_copy as service  # noqa: PLC0415, as the other services
 
     report = service.Report()
@@ -155,17 +159,26 @@ def cp(sources: tuple[str, ...], target: str, force: bool, as_json: bool) -> Non
         if target == "-":
             if len(paths) != 1:
                 raise UsageError("one file at a time can be written to standard output")
-            with open_volume(repository, paths[0]) as system:
-                service.write_out(system, look_up(system, paths[0].path), sys.stdout.buffer)
+            with open_volume(repository, paths[0]) as (_, system):
+                copy_content.write_out(system, look_up(system, paths[0].path).stat, sys.stdout.buffer)
             return
-        for path in paths:
-            with open_volume(repository, path) as system:
-                _say_notes(system)
-                found = look_up(system, path.path)
-                folder, name = _place(path, found, target, only=len(paths) == 1)
-                service.copy(system, found, folder, name, force=force, report=report, progress=_Progress())
+        with ExitStack() as stack:
+            copier: service.Copier | None = None
+            for path in paths:
+                with open_volume(repository, path) as (volume, system):
+                    _say_notes(system)
+                    found = look_up(system, path.path)
+                    folder, name = _place(path, found.name, target, only=len(paths) == 1)
+                    if copier is None:
+                        copier = stack.enter_context(
+                            service.Copier(folder, force=force, report=report, progress=_Progress())
+                        )
+                    # A logical volume can be named by each of its disks.
+                    copier.copy(system, (path.vm, path.point, volume.disks, volume.name), found.stat, name)
     if sys.stderr.isatty():
         click.echo("\r\x1b[K", nl=False, err=True)
+    for stream in report.streams:
+        tell(f"{stream}: this stream is too large to be kept as an extended attribute, and was not copied")
     for where, what in report.failed:
         tell(f"{where}: {shown(what)}")
     if as_json:
@@ -177,23 +190,33 @@ def cp(sources: tuple[str, ...], target: str, force: bool, as_json: bool) -> Non
         raise GuestError(f"{len(report.failed)} of what was asked for could not be copied")
 
 
-def _place(path: GuestPath, found: Stat, target: str, *, only: bool) -> tuple[str, str]:
-    """Return the folder to copy into, and the name in it; "" for what is in a folder. Raises UsageError."""
-    base = os.fsdecode(path.path.rpartition(b"/")[2])
-    if base in {".", ".."}:
-        raise UsageError(f"{base!r} is no name; name what is to be copied")
+def _place(path: GuestPath, name: bytes, target: str, *, only: bool) -> tuple[str, str]:
+    """Return the folder to copy into, made if need be, and the name in it; "" for what is in a folder.
+
+    Args:
+        name: as the guest has it.
+        only: whether it is the only source.
+
+    Raises:
+        UsageError, TargetError: there is no such folder, and it can't be made.
+    """
+    last = os.fsdecode(path.path.rpartition(b"/")[2])
+    if last in {".", ".."}:
+        raise UsageError(f"{last!r} is no name; name what is to be copied")
     if os.path.isdir(target):
-        return target, base
-    folder, name = os.path.split(target.rstrip("/"))
+        return target, os.fsdecode(name)
+    folder, new = os.path.split(target.rstrip("/"))
     folder = folder or "."
-    if not only or not os.path.isdir(folder):
+    is_folder = target.endswith("/")
+    if not (only or is_folder) or not os.path.isdir(folder):
         raise UsageError(f"{target}: there is no such folder")
-    if not base:  # all of a volume
-        os.mkdir(target)
-        return target, ""
-    if target.endswith("/") and not stat.S_ISDIR(found.mode):
-        raise UsageError(f"{target}: there is no such folder")
-    return folder, name
+    if name and not is_folder:
+        return folder, new
+    try:
+        os.mkdir(target.rstrip("/"))
+    except OSError as e:
+        raise TargetError(f"{target}: {e.strerror}") from e
+    return target, os.fsdecode(name)
 
 
 class _Progress:
@@ -215,6 +238,7 @@ def _say_report(report: Any) -> None:
         (report.there, "were there already"),
         (report.left_out, "devices or sockets were left out"),
         (report.harmless, "are not setuid or setgid any more, or lost their capabilities"),
+        (len(report.streams), "alternate streams were not copied"),
         (report.attributes, "lost their owner or extended attributes, which the target does not keep"),
     ):
         if count:
@@ -231,7 +255,7 @@ def find(vm: str, pattern: str, disk: str | None, as_json: bool) -> None:
     """Find files by name in all points of a VM: in which they are, and where they changed.
 
     NAME-OR-GLOB is compared with the last part of a path, or with the end of all of it if it has a slash. A disk that
-    did not change between two points is not looked at again.
+    did not change between two points is not looked at again. Where nothing is found it says so, and exits with 1.
     """
     from backupfs.services import guest_find as service  # noqa: PLC0415, as the other services
 
@@ -239,14 +263,18 @@ def find(vm: str, pattern: str, disk: str | None, as_json: bool) -> None:
     with open_repository() as repository:
         checked = names.check_name(disk, "disk") if disk else None
         found = service.find(repository, names.check_name(vm, "VM"), pattern, checked, problems.append)
+        count = 0
         if as_json:
-            print_json_list(_as_document(item) for item in found)
+            count = print_json_list(_as_document(item) for item in found)
         else:
             for item in found:
+                count += 1
                 click.echo(f"{item['disk']}:{item['volume']}{printable(item['path'])}")
                 for p in item["points"]:
                     click.echo(f"  {_points(p['point'], p.get('last'))}  {p['change']}{_size_and_time(p.get('stat'))}")
     _complain(problems)
+    if not count:
+        raise BackupfsError("nothing found")
 
 
 def _points(first: str, last: str | None) -> str:
@@ -258,10 +286,9 @@ def _size_and_time(s: Stat | None) -> str:
 
 
 def _as_document(item: dict[str, Any]) -> dict[str, Any]:
-    path = _name(item["path"])
-    named = {key.replace("name", "path"): value for key, value in path.items()}
+    path = _exactly("path", item["path"])
     points = [{k: v for k, v in p.items() if k != "stat"} | _short(p.get("stat")) for p in item["points"]]
-    return {"disk": item["disk"], "volume": item["volume"], **named, "points": points}
+    return {"disk": item["disk"], "volume": item["volume"], **path, "points": points}
 
 
 def _short(s: Stat | None) -> dict[str, Any]:

@@ -15,13 +15,16 @@ def print_json(document: Any) -> None:
     click.echo(json.dumps(document, ensure_ascii=False, indent=2))
 
 
-def print_json_list(items: Iterable[Any]) -> None:
-    """Print a list as one JSON document, each item as it comes: a list may be longer than memory is large."""
-    separator = "[\n  "
-    for item in items:
-        sys.stdout.write(separator + json.dumps(item, ensure_ascii=False))
-        separator = ",\n  "
-    sys.stdout.write("[]\n" if separator[0] == "[" else "\n]\n")
+def print_json_list(items: Iterable[Any]) -> int:
+    """Print a list as one JSON document, each item as it comes: a list may be longer than memory is large.
+
+    Returns how many they were.
+    """
+    count = 0
+    for count, item in enumerate(items, 1):
+        sys.stdout.write((",\n  " if count > 1 else "[\n  ") + json.dumps(item, ensure_ascii=False))
+    sys.stdout.write("\n]\n" if count else "[]\n")
+    return count
 
 
 def tell(message: str) -> None:

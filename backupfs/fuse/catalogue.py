@@ -161,13 +161,14 @@ class GuestFolder:
         version: differs when what is on the disk does.
         volumes: finds out what there is, by the folders' names, in order; may block. Raises BackupfsError. Leaving the
             context closes it all: the file systems are not used any more then.
-        raw: returns where, in the point's folder, a volume lies as a raw file, for who wants to read that by hand.
+        by_hand: says how a volume that has no files here can be read otherwise, in lines, of its name, what kind it is
+            of, and the names of the others.
     """
 
     name: str
     version: str
     volumes: Callable[[], AbstractContextManager[Mapping[str, GuestVolume]]]
-    raw: Callable[[str], str]
+    by_hand: Callable[[str, str | None, Sequence[str]], str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,14 +44,6 @@ NOT_REPLAYED = ".NOT-REPLAYED.txt"
 NO_XATTRS = Xattrs({}, errno.EOPNOTSUPP)
 """Of folders and texts of our own."""
 
-_HOW = """
-The volume itself can be read as the raw file {raw} in the point's folder. By hand, as root:
-
-    mount -o {options} {raw} /mnt
-"""
-_OPTIONS = {"ext2": "ro,loop,noload", "ext3": "ro,loop,noload", "ext4": "ro,loop,noload"}
-_OPTIONS |= {"xfs": "ro,loop,norecovery,nouuid", "btrfs": "ro,loop,rescue=nologreplay"}
-
 
 class GuestTree:
     """What is below DISK.files.
@@ -284,9 +276,9 @@ class GuestTree:
             except NotFound:
                 raise
             except BackupfsError as e:
-                options = _OPTIONS.get(disk.volumes[node.name].kind or "", "ro,loop")
-                how = _HOW.format(raw=disk.folder.raw(node.name), options=options)
-                said = f"The files of this volume can't be shown: {e}\n{how}"
+                others = [name for name in disk.volumes if name != node.name]
+                how = disk.folder.by_hand(node.name, disk.volumes[node.name].kind, others)
+                said = f"The files of this volume can't be shown: {e}\n\n{how}"
                 return Notice(node, UNSUPPORTED, said.encode(errors="replace"))
 
     def _of(self, node: VolumeFolder | GuestFile, found: Stat) -> Attributes:

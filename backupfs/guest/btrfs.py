@@ -166,6 +166,9 @@ class BtrfsFileSystem:
         items = self._disk.items(tree, number, _XATTR_ITEM) if number != _EMPTY else ()
         return {name: value for _, item in items for _, name, value in _named(item)}
 
+    def left_out(self, inode: int) -> Sequence[bytes]:
+        return ()
+
     def close(self) -> None:
         for kept in (self._inode, self._pieces, self._decoded):
             kept.cache_clear()

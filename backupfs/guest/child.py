@@ -39,7 +39,7 @@ _DAMAGE = (
     OSError,
     UnicodeError,
 )  # what a parser makes of it
-_METHODS = ("stat", "read", "extents", "runs", "readlink", "xattrs")
+_METHODS = ("stat", "read", "extents", "runs", "readlink", "xattrs", "left_out")
 
 
 class _Volume:
@@ -145,6 +145,8 @@ def _answer(line: socket.socket, system: Parser, ask: messages.Ask) -> messages.
             return messages.RunsAnswer(None if found is None else [(run.length, run.offset) for run in found])
         case "xattrs":
             return messages.XattrsAnswer(list(found.items()))
+        case "left_out":
+            return messages.NamesAnswer(list(found))
         case _:
             return messages.BytesAnswer(found)
 

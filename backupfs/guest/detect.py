@@ -3,29 +3,39 @@
 import struct
 from dataclasses import dataclass
 
+from backupfs.guest.fat_sector import is_fat
 from backupfs.guest.reading import read
 from backupfs.image import Image
 from backupfs.units import KiB
 
 EXT, NTFS, FAT, XFS, BTRFS = "ext", "ntfs", "vfat", "xfs", "btrfs"
 
+# Kinds that nothing here reads, and whose volumes can't simply be mounted either.
+LUKS, BITLOCKER, LVM, RAID = (
+    "encrypted by LUKS",
+    "encrypted by BitLocker",
+    "a physical volume of LVM2",
+    "a member of a Linux RAID",
+)
+SWAP, JOURNAL, REFS, APFS, F2FS = "swap space", "journal of ext", "ReFS", "APFS", "F2FS"
+
 # Offset, magic, what it is: none of these is read. Source: libblkid's probes.
 _OTHERS = (
-    (0, b"LUKS\xba\xbe", "encrypted by LUKS"),
-    (3, b"-FVE-FS-", "encrypted by BitLocker"),
+    (0, b"LUKS\xba\xbe", LUKS),
+    (3, b"-FVE-FS-", BITLOCKER),
     (3, b"EXFAT   ", "exFAT"),
-    (3, b"ReFS\0\0\0\0", "ReFS"),
+    (3, b"ReFS\0\0\0\0", REFS),
     (0, b"hsqs", "squashfs"),
-    (1024, b"\x10\x20\xf5\xf2", "F2FS"),
+    (1024, b"\x10\x20\xf5\xf2", F2FS),
     (1024, b"H+", "HFS+"),
     (1024, b"HX", "HFS+"),
-    (32, b"NXSB", "APFS"),
-    (512, b"LABELONE", "a physical volume of LVM2"),
-    (0, b"LABELONE", "a physical volume of LVM2"),
-    (0, b"\xfc\x4e\x2b\xa9", "a member of a Linux RAID"),
-    (4096, b"\xfc\x4e\x2b\xa9", "a member of a Linux RAID"),
-    (4086, b"SWAPSPACE2", "swap space"),
-    (4086, b"SWAP-SPACE", "swap space"),
+    (32, b"NXSB", APFS),
+    (512, b"LABELONE", LVM),
+    (0, b"LABELONE", LVM),
+    (0, b"\xfc\x4e\x2b\xa9", RAID),
+    (4096, b"\xfc\x4e\x2b\xa9", RAID),
+    (4086, b"SWAPSPACE2", SWAP),
+    (4086, b"SWAP-SPACE", SWAP),
     (32769, b"CD001", "ISO 9660"),
 )
 _EXT_MAGIC = b"\x53\xef"
@@ -70,6 +80,8 @@ def detect(volume: Image) -> Found:
         return Found(NTFS, "ntfs")
     if head[510:512] == b"\x55\xaa" and (head[54:57] == b"FAT" or head[82:87] == b"FAT32"):
         return Found(FAT, "vfat")
+    if is_fat(volume):
+        return Found(FAT, "vfat")
     return Found(None, "", "no file system was found" if any(head) else "nothing is on it, or nothing that is known")
 
 
@@ -78,7 +90,7 @@ def _ext(head: bytes) -> Found:
     compat, incompat, ro_compat = struct.unpack_from("<3I", head, 1024 + 0x5C)
     kind = "ext4" if incompat & ~0x7 or ro_compat & ~0x7 else "ext3" if compat & 0x4 else "ext2"
     if incompat & _JOURNAL_DEVICE:
-        return Found(None, kind, "the journal of an ext file system: there are no files in it")
+        return Found(None, JOURNAL, "the journal of an ext file system: there are no files in it")
     if incompat & _COMPRESSION:
         return Found(None, kind, f"{kind} with compression, which backupfs does not read")
     if incompat & ~_KNOWN_INCOMPAT:

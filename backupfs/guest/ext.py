@@ -149,6 +149,9 @@ class ExtFileSystem:
     def xattrs(self, inode: int) -> dict[bytes, bytes]:
         return ext_attributes.attributes(self._inodes, self._map, self._get(inode))
 
+    def left_out(self, inode: int) -> Sequence[bytes]:
+        return ()
+
     def close(self) -> None:
         """Nothing is held."""
 

@@ -133,6 +133,9 @@ class FatFileSystem:
         self.stat(inode)
         return {}
 
+    def left_out(self, inode: int) -> Sequence[bytes]:
+        return ()
+
     def close(self) -> None:
         """Nothing is held."""
 

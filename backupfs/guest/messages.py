@@ -111,6 +111,12 @@ class XattrsOfAnswer(msgspec.Struct, tag=True):
     which: list[int | None]
 
 
+class NamesAnswer(msgspec.Struct, tag=True):
+    """Of `left_out`."""
+
+    names: list[bytes]
+
+
 class Failed(msgspec.Struct, tag=True):
     """There is no answer: NotFound, or GuestError."""
 
@@ -128,6 +134,7 @@ Answer = (
     | RunsAnswer
     | XattrsAnswer
     | XattrsOfAnswer
+    | NamesAnswer
     | Failed
 )
 FromChild = Need | Answer

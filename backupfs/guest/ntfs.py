@@ -1,4 +1,4 @@
-"""NTFS, read by The Sleuth Kit.
+"""NTFS, read by The Sleuth Kit; names by our own code (ntfs_index.py).
 
 C on what a guest wrote: only in a process of its own (child.py). One thread.
 """
@@ -6,17 +6,18 @@ C on what a guest wrote: only in a process of its own (child.py). One thread.
 import contextlib
 import functools
 import stat as st
-from collections.abc import Iterator, MutableSequence, Sequence
+from collections.abc import Iterator, Mapping, MutableSequence, Sequence
 from typing import Any
 
 import pytsk3
 
 from backupfs.errors import BackupfsError, GuestError, NotFound
 from backupfs.extents import Extent, coalesce
-from backupfs.filesystem import Entry, Run, Stat, unreadable
-from backupfs.guest import ntfs_log, ntfs_reparse
+from backupfs.filesystem import LARGEST_XATTR, LONGEST_XATTR, Entry, Run, Stat, unreadable
+from backupfs.guest import ntfs_index, ntfs_log, ntfs_reparse
+from backupfs.guest.reading import read
 from backupfs.image import Image
-from backupfs.units import KiB
+from backupfs.units import KiB, MiB
 
 _MOST_ENTRIES = 1_000_000  # in a folder
 _TYPES = {
@@ -24,13 +25,21 @@ _TYPES = {
     pytsk3.TSK_FS_META_TYPE_DIR: st.S_IFDIR,
     pytsk3.TSK_FS_META_TYPE_LNK: st.S_IFLNK,
 }
-_VIRTUAL = (pytsk3.TSK_FS_NAME_TYPE_VIRT, pytsk3.TSK_FS_NAME_TYPE_VIRT_DIR)
 _FIRST_USER_SEGMENT = 24  # of NTFS' master file table: before it is the file system's own
 _OWN_SEGMENTS = frozenset(range(5)) | frozenset(range(6, _FIRST_USER_SEGMENT))  # 5 is the root
-_LOG = 2  # its number in the master file table
+_TABLE, _LOG = 0, 2  # their numbers in the master file table
+_NUMBER = (1 << 48) - 1  # in a reference; above it how often the record was used anew
+_GONE = 1 << 62  # added to the number of a record that is another file's now
+_INDEX = (
+    int(pytsk3.TSK_FS_ATTR_TYPE_NTFS_IDXROOT),
+    int(pytsk3.TSK_FS_ATTR_TYPE_NTFS_IDXALLOC),
+    int(pytsk3.TSK_FS_ATTR_TYPE_NTFS_BITMAP),
+)
 _STUDIED = 1  # source: The Sleuth Kit, tsk_fs.h, TSK_FS_META_ATTR_STUDIED
 _TAIL = 64 * KiB
 _MOST_RUNS = 100_000
+_PREFIX = b"user."  # before a stream's name, as in ntfs-3g
+_LONGEST_LIST = 256 * KiB  # of attributes, as in Windows
 _NOT_RESIDENT = int(pytsk3.TSK_FS_ATTR_NONRES)
 _STORED_OTHERWISE = int(pytsk3.TSK_FS_ATTR_COMP) | int(pytsk3.TSK_FS_ATTR_ENC)
 _FILLER = int(pytsk3.TSK_FS_ATTR_RUN_FLAG_FILLER)
@@ -81,7 +90,13 @@ class NtfsFileSystem:
         self._image = volume
         self._begin_anew()
         self.root = int(self._fs.info.root_inum)
+        self._record_size = self._read_record_size()
         self.notes = self._look_at_log()
+
+    def _read_record_size(self) -> int:
+        head = read(self._image, 0, 512) or bytes(512)
+        per_record = int.from_bytes(head[64:65], signed=True)
+        return 1 << min(-per_record, 16) if per_record < 0 else per_record * int(self._fs.info.block_size)
 
     def _begin_anew(self) -> None:
         self._fs: Any = None
@@ -141,29 +156,25 @@ class NtfsFileSystem:
         """Yield what `list` returns. Whether all of it could be read is known at the end."""
         found = set[bytes]()
         with self._reading(f"folder {inode}"):
-            self._open(inode)
-            for entry in self._fs.open_dir(inode=inode):
-                name = self._name(entry, inode)
-                if name is None or name in found:
+            for name, reference in self._names(inode, self._open(inode)):
+                if name == b"." or (inode == self.root and reference & _NUMBER < _FIRST_USER_SEGMENT):
                     continue
-                number = int(entry.info.name.meta_addr)
-                try:
-                    inside = self._stat(number, self._checked(entry, number))
-                except (NotFound, GuestError):
-                    inside = unreadable(number)  # ntfs-3g shows the name too
+                if name in found or name == b".." or b"/" in name or b"\0" in name:
+                    raise GuestError(f"folder {inode} is damaged: it has the name {name!r}")
                 found.add(name)
                 if len(found) > _MOST_ENTRIES:
                     raise GuestError(f"the folder has more than {_MOST_ENTRIES:,} entries")
-                yield Entry(name, inside)
+                yield Entry(name, self._listed(reference))
 
     def read(self, inode: int, offset: int, length: int) -> bytes:
         parts, done = [], 0
         with self._reading(f"inode {inode} at {offset}"):
             file = self._open(inode)
             self._refuse_unreadable(inode)
-            wanted = min(length, int(file.info.meta.size) - offset)
+            data = self._data(file)
+            wanted = min(length, (int(data.info.size) if data is not None else 0) - offset)
             while done < wanted:
-                part = file.read_random(offset + done, wanted - done)
+                part = file.read_random(offset + done, wanted - done, data.info.type, data.info.id)
                 if not part:
                     raise GuestError(f"inode {inode} can't be read at {offset + done}: it ends there")
                 parts.append(part)
@@ -190,7 +201,18 @@ class NtfsFileSystem:
 
     def xattrs(self, inode: int) -> dict[bytes, bytes]:
         with self._reading(f"inode {inode}"):
-            return dict(self._streams(inode, self._open(inode)))
+            file, found = self._open(inode), dict[bytes, bytes]()
+            for name, attribute in self._streams(file):
+                if _fits(name, attribute):
+                    size = int(attribute.info.size)
+                    content = found[_PREFIX + name] = _content(file, attribute, size)
+                    if len(content) != size:
+                        raise GuestError(f"inode {inode}: a stream can't be read")
+            return found
+
+    def left_out(self, inode: int) -> Sequence[bytes]:
+        with self._reading(f"inode {inode}"):
+            return [name for name, attribute in self._streams(self._open(inode)) if not _fits(name, attribute)]
 
     def close(self) -> None:
         self._open.cache_clear()
@@ -200,6 +222,8 @@ class NtfsFileSystem:
     def _open_anew(self, inode: int) -> Any:
         if inode in _OWN_SEGMENTS:
             raise NotFound(f"there is no inode {inode}")
+        if inode & _GONE:
+            raise GuestError(f"inode {inode & _NUMBER} was removed, and is another file's now")
         try:
             file = self._fs.open_meta(inode)
         except OSError as e:
@@ -218,28 +242,52 @@ class NtfsFileSystem:
             raise GuestError(f"inode {inode}: The Sleuth Kit can't read its attributes")
         return file
 
-    def _name(self, entry: Any, folder: int) -> bytes | None:
-        """Return the name of what is in a folder, or None where nothing is to be shown."""
-        info = entry.info.name
-        name = bytes(info.name or b"")
-        if not int(info.flags) & int(pytsk3.TSK_FS_NAME_FLAG_ALLOC) or info.type in _VIRTUAL:
-            return None
-        if name in {b"", b".", b".."} or b"/" in name or b"\0" in name:
-            return None
-        if folder == self.root and int(info.meta_addr) < _FIRST_USER_SEGMENT:
-            return None
-        return name
+    def _names(self, inode: int, file: Any) -> Iterator[tuple[bytes, int]]:
+        """Yield the names in a folder and their references: those in its record, then those in blocks of the index."""
+        parts = {int(a.info.type): a for a in file if a.info.name == b"$I30"}
+        root, blocks, used = (parts.get(kind) for kind in _INDEX)
+        if root is None:
+            raise GuestError(f"inode {inode} is no folder")
+        first = _content(file, root, ntfs_index.LARGEST_BLOCK)
+        size = ntfs_index.block_size(first)
+        yield from ntfs_index.root_names(first)
+        if blocks is None:
+            return
+        if used is None:
+            raise GuestError(f"folder {inode} is damaged: which blocks of its index are in use is not known")
+        bits, end = _content(file, used, MiB), int(blocks.info.size)
+        for offset in range(0, end, size):
+            block = offset // size
+            if block >= len(bits) * 8:
+                return
+            if bits[block // 8] >> block % 8 & 1:
+                content = bytes(file.read_random(offset, size, blocks.info.type, blocks.info.id))
+                if len(content) != size:
+                    raise GuestError(f"folder {inode} is damaged: a block of its index is cut off")
+                yield from ntfs_index.block_names(content)
+
+    def _listed(self, reference: int) -> Stat:
+        """Return what is listed of what a name leads to. Where that is gone ntfs-3g shows the name too."""
+        number = reference & _NUMBER
+        try:
+            file = self._open_anew(number)
+            if reference >> 48 not in {0, int(file.info.meta.seq)}:
+                return unreadable(number | _GONE)
+            return self._stat(number, file)
+        except (NotFound, GuestError):
+            return unreadable(number)
 
     def _stat(self, inode: int, file: Any) -> Stat:
         """Return what ntfs-3g shows without options: there are no owners, and these modes."""
         meta = file.info.meta
         mode = _TYPES.get(meta.type, 0) or st.S_IFREG
-        size, nlink = int(meta.size), 1
+        data = self._data(file) if mode == st.S_IFREG else None
+        size, nlink = int(meta.size if data is None else data.info.size), 1
         target = ntfs_reparse.link(self._reparse(file))
         if target is not None:
             mode, size = st.S_IFLNK, len(target)
         if not st.S_ISDIR(mode):
-            nlink = max(1, self._names(file))
+            nlink = max(1, self._count_names(file))
         allocated = sum(e.length for e in self._extents(file, 0, size) if not e.flag) if st.S_ISREG(mode) else 0
         return Stat(
             inode=inode,
@@ -252,13 +300,13 @@ class NtfsFileSystem:
             atime_ns=int(meta.atime) * 10**9 + int(meta.atime_nano),
             mtime_ns=int(meta.mtime) * 10**9 + int(meta.mtime_nano),
             ctime_ns=int(meta.ctime or meta.mtime) * 10**9 + int(meta.ctime_nano),
-            has_xattrs=any(_is_stream(attribute) for attribute in file),
+            has_xattrs=_may_have_streams(file),
         )
 
     def _look_whether_readable(self, inode: int) -> None:
         """Raise GuestError for what would come out wrong."""
         file = self._open(inode)
-        data = _data(file)
+        data = self._data(file)
         has_holes = data is not None and any(int(run.flags) & _HOLE for run in data)
         reason = ntfs_reparse.reason(self._reparse(file), has_holes=has_holes)
         if reason:
@@ -270,7 +318,7 @@ class NtfsFileSystem:
 
     def _extents(self, file: Any, offset: int, end: int) -> Iterator[Extent]:
         """Yield what is data and what is a hole, by the runs of the file's content."""
-        data, block = _data(file), int(self._fs.info.block_size)
+        data, block = self._data(file), int(self._fs.info.block_size)
         if data is None or not _flags(data) & _NOT_RESIDENT or _flags(data) & int(pytsk3.TSK_FS_ATTR_COMP):
             yield Extent(offset, max(0, end - offset), False)
             return
@@ -285,11 +333,12 @@ class NtfsFileSystem:
         yield Extent(position, max(0, end - position), True)
 
     def _runs(self, file: Any) -> Sequence[Run] | None:
-        data, block, end = _data(file), int(self._fs.info.block_size), int(file.info.meta.size)
+        data, block = self._data(file), int(self._fs.info.block_size)
         if data is None or _flags(data) & _STORED_OTHERWISE or not _flags(data) & _NOT_RESIDENT:
             return None
-        written = self._written(file, end)
-        if int(data.info.size) != end or (end and not written):
+        end = int(data.info.size)
+        written = self._written(file, data)
+        if end and not written:
             return None
         found: MutableSequence[Run] = []
         position = 0
@@ -305,19 +354,21 @@ class NtfsFileSystem:
         _add(found, end - position, None)
         return found
 
-    def _written(self, file: Any, size: int) -> int:
-        """Return behind which of a file's bytes there are only zeroes, 0: it can't be seen at once.
+    @staticmethod
+    def _written(file: Any, data: Any) -> int:
+        """Return behind which of the bytes of a file's content there are only zeroes, 0: it can't be seen at once.
 
         NTFS keeps how much of a file was ever written; what lies behind that on the disk is not the file's. The Sleuth
         Kit knows, and pytsk3 does not tell: but what was read as other than zero was written, and all before it.
         """
-        tail = bytes(file.read_random(max(0, size - _TAIL), min(size, _TAIL)))
+        size = int(data.info.size)
+        tail = bytes(file.read_random(max(0, size - _TAIL), min(size, _TAIL), data.info.type, data.info.id))
         return size - len(tail) + len(tail.rstrip(b"\0")) if tail.rstrip(b"\0") else 0
 
     # NTFS.
 
     @staticmethod
-    def _names(file: Any) -> int:
+    def _count_names(file: Any) -> int:
         """Count a file's names, without those that are for DOS only."""
         count = 0
         for attribute in file:
@@ -333,16 +384,38 @@ class NtfsFileSystem:
                 return _content(file, attribute, ntfs_reparse.LONGEST)
         return b""
 
-    def _streams(self, inode: int, file: Any) -> Iterator[tuple[bytes, bytes]]:
-        """Yield alternate data streams, named as ntfs-3g names them."""
-        for attribute in file:
-            if _is_stream(attribute):
-                size = int(attribute.info.size)
-                if size <= 64 << 10:  # more than fits an xattr is not shown as one
-                    content = _content(file, attribute, size)
-                    if len(content) != size:
-                        raise GuestError(f"inode {inode}: a stream can't be read")
-                    yield b"user." + bytes(attribute.info.name), content
+    def _streams(self, file: Any) -> Iterator[tuple[bytes, Any]]:
+        """Yield the names of alternate data streams and their attributes."""
+        names = self._stream_names(file)
+        for attribute in _of_data(file):
+            name = names[int(attribute.info.id)]
+            if name:
+                yield name, attribute
+
+    def _stream_names(self, file: Any) -> Mapping[int, bytes]:
+        """Return the names of streams of data by their numbers, b"" for the content."""
+        inode = int(file.info.meta.addr)
+        found = {int(a.info.id): bytes(a.info.name or b"") for a in _of_data(file)}
+        record = self._fs.open_meta(_TABLE).read_random(inode * self._record_size, self._record_size)
+        names = ntfs_index.stream_names(bytes(record))
+        if names is None:
+            # They are in several records, and The Sleuth Kit numbers them anew.
+            parts = (a for a in file if int(a.info.type) == int(pytsk3.TSK_FS_ATTR_TYPE_NTFS_ATTRLIST))
+            listed = set[bytes]().union(*(ntfs_index.listed_streams(_content(file, a, _LONGEST_LIST)) for a in parts))
+            if listed != set(found.values()) or len(listed) < len(found):
+                raise GuestError(f"inode {inode}: the names of its streams can't be read")
+            return found
+        if names.keys() != found.keys():
+            raise GuestError(f"inode {inode}: not all of its streams can be read")
+        return names
+
+    def _data(self, file: Any) -> Any:
+        """Return the attribute with a file's content, or None."""
+        found = [attribute for attribute in _of_data(file) if not attribute.info.name]
+        if len(found) > 1:
+            names = self._stream_names(file)
+            found = [attribute for attribute in found if not names[int(attribute.info.id)]]
+        return found[0] if found else None
 
 
 def _flags(attribute: Any) -> int:
@@ -362,20 +435,21 @@ def _add(runs: MutableSequence[Run], length: int, offset: int | None) -> None:
         runs.append(Run(length, offset))
 
 
-def _is_stream(attribute: Any) -> bool:
-    return int(attribute.info.type) == int(pytsk3.TSK_FS_ATTR_TYPE_NTFS_DATA) and bool(attribute.info.name)
+def _of_data(file: Any) -> Iterator[Any]:
+    """Yield the attributes with a file's content and with its streams."""
+    kinds = {int(pytsk3.TSK_FS_ATTR_TYPE_DEFAULT), int(pytsk3.TSK_FS_ATTR_TYPE_NTFS_DATA)}
+    return (attribute for attribute in file if int(attribute.info.type) in kinds)
 
 
-def _data(file: Any) -> Any:
-    """Return the attribute with a file's content, or None."""
-    wanted = {
-        int(pytsk3.TSK_FS_ATTR_TYPE_DEFAULT),
-        int(pytsk3.TSK_FS_ATTR_TYPE_NTFS_DATA),
-    }
-    for attribute in file:
-        if int(attribute.info.type) in wanted and not attribute.info.name:
-            return attribute
-    return None
+def _may_have_streams(file: Any) -> bool:
+    # The name of a stream is missing where The Sleuth Kit can't write it.
+    named = [bool(attribute.info.name) for attribute in _of_data(file)]
+    return any(named) or len(named) > (file.info.meta.type != pytsk3.TSK_FS_META_TYPE_DIR)
+
+
+def _fits(name: bytes, attribute: Any) -> bool:
+    """Whether a stream can be an extended attribute."""
+    return int(attribute.info.size) <= LARGEST_XATTR and len(_PREFIX + name) <= LONGEST_XATTR
 
 
 def _content(file: Any, attribute: Any, length: int) -> bytes:

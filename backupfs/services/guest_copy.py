@@ -4,24 +4,23 @@ The guest chose the names, the links and the modes. So everything is done relati
 opened without following links; no device is made, and nothing becomes setuid.
 """
 
-import contextlib
 import errno
 import os
-import secrets
 import stat
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import Self
 
 from backupfs.errors import BackupfsError, GuestError, TargetError
 from backupfs.filesystem import FileSystem, Stat, printable
+from backupfs.services.copy_content import write_content
+from backupfs.services.copy_parts import hold, remove_leftovers, temporary_name
 from backupfs.services.guest_path import DEEPEST
-from backupfs.units import MiB
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_PIECE = MiB
+_COPIED = (stat.S_IFREG, stat.S_IFLNK, stat.S_IFIFO)
 _DANGEROUS = stat.S_ISUID | stat.S_ISGID
 _ACLS = b"system.posix_acl_"
 _CAPABILITIES = b"security.capability"
@@ -36,6 +35,7 @@ class Report:
         files, bytes: copied; `there`: files that were there already, with the same size and time.
         left_out: devices and sockets. `harmless`: what was setuid, setgid or had capabilities, and is not any more.
         attributes: files of which the target does not keep the owner or all extended attributes.
+        streams: alternate streams of NTFS that no extended attribute holds: not copied.
         failed: paths, and what went wrong.
     """
 
@@ -45,70 +45,74 @@ class Report:
     left_out: int = 0
     harmless: int = 0
     attributes: int = 0
+    streams: list[str] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
 
 
 Progress = Callable[[Report], None]
 
 
-def copy(
-    system: FileSystem, source: Stat, target: str, name: str, *, force: bool, report: Report, progress: Progress
-) -> None:
-    """Copy a file or folder.
+class Copier:
+    """Copies into one folder. A context manager; one thread.
 
     Args:
-        target: the folder to copy into; it exists.
-        name: what it is to be called there; "": what is in the folder `source`, without itself.
+        target: the folder; it exists.
         force: replace files that are there and differ.
+        report: is added to. `progress` is called with it from time to time.
 
     Raises:
-        TargetError: the target can't be written to at all, or is full.
+        TargetError: the target can't be written to at all, or is full. So does `copy`.
     """
-    try:
-        root = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as e:
-        raise TargetError(f"{target}: {e.strerror}") from e
-    # Four calls a folder: `inside`, `one`, `_copy`, `_copy_folder`.
-    sys.setrecursionlimit(max(sys.getrecursionlimit(), 4 * DEEPEST + 1000))
-    try:
-        copier = _Copier(system, root, force, report, progress)
-        if name:
-            copier.one(root, b"", os.fsencode(name), source, (source.inode,))
-        else:
-            copier.inside(root, b"", source, (source.inode,))
-    finally:
-        os.close(root)
 
-
-def write_out(system: FileSystem, source: Stat, out: BinaryIO) -> None:
-    """Write a file's content to a stream. Raises GuestError."""
-    if not stat.S_ISREG(source.mode):
-        raise GuestError("only a file can be written to standard output")
-    offset = 0
-    while offset < source.size:
-        piece = system.read(source.inode, offset, _PIECE)
-        if not piece:
-            raise GuestError(f"the file ends at {offset}, not at {source.size}")
-        out.write(piece)
-        offset += len(piece)
-
-
-class _Copier:
-    def __init__(self, system: FileSystem, root: int, force: bool, report: Report, progress: Progress) -> None:
-        self._system = system
-        self._root = root
+    def __init__(self, target: str, *, force: bool, report: Report, progress: Progress) -> None:
+        try:
+            self._root = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as e:
+            raise TargetError(f"{target}: {e.strerror}") from e
         self._force = force
         self._report = report
         self._progress = progress
-        self._first_names: dict[int, bytes] = {}  # of what has several, by inode, from the root
+        # Of what has several names, by inode: one of them, from the root, and its inode here.
+        self._names: dict[tuple[Hashable, int], tuple[bytes, int]] = {}
+        self._tidied = set[tuple[int, int]]()  # folders
         self._is_root = os.geteuid() == 0
+        # Four calls a folder: `_inside`, `_one`, `_copy`, `_copy_folder`.
+        sys.setrecursionlimit(max(sys.getrecursionlimit(), 4 * DEEPEST + 1000))
 
-    def inside(self, folder: int, path: bytes, source: Stat, above: tuple[int, ...]) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._root)
+
+    def copy(self, system: FileSystem, volume: Hashable, source: Stat, name: str) -> None:
+        """Copy a file or folder.
+
+        Args:
+            volume: which one `system` is: of the same, what are hard links in it become hard links.
+            name: what it is to be called; "": what is in the folder `source`, without itself.
+        """
+        self._system, self._volume = system, volume
+        self._tidy(self._root)
+        if name:
+            self._one(self._root, b"", os.fsencode(name), source, (source.inode,))
+        else:
+            self._inside(self._root, b"", source, (source.inode,))
+
+    def _tidy(self, folder: int, *, is_new: bool = False) -> None:
+        """Remove what a copy that was killed left in a folder, once: later it may be a guest's file of such a name."""
+        status = os.fstat(folder)
+        key = status.st_dev, status.st_ino
+        if key not in self._tidied and not is_new:
+            remove_leftovers(folder)
+        self._tidied.add(key)
+
+    def _inside(self, folder: int, path: bytes, source: Stat, above: tuple[int, ...]) -> None:
         """Copy what is in a folder."""
         for entry in self._system.list(source.inode):
-            self.one(folder, path, entry.name, entry.stat, (*above, entry.stat.inode))
+            self._one(folder, path, entry.name, entry.stat, (*above, entry.stat.inode))
 
-    def one(self, folder: int, path: bytes, name: bytes, source: Stat, above: tuple[int, ...]) -> None:
+    def _one(self, folder: int, path: bytes, name: bytes, source: Stat, above: tuple[int, ...]) -> None:
         """Copy one thing, and go on if it fails. `path`: of the folder, from the root, with a slash at its end."""
         try:
             self._copy(folder, path, name, source, above)
@@ -128,18 +132,19 @@ class _Copier:
             self._copy_folder(folder, path, name, source, above)
             return
         there = _status(folder, name)
-        if kind not in {stat.S_IFREG, stat.S_IFLNK, stat.S_IFIFO}:
+        if kind not in _COPIED:
             self._report.left_out += 1
         elif there is not None and self._is_same(folder, name, source, there):
             self._report.there += 1
         elif there is not None and (stat.S_ISDIR(there.st_mode) or not self._force):
             raise TargetError("is there already, and differs; --force replaces it")
         else:
-            with self._temporary(folder, name) as temporary:
-                self._make(folder, temporary, source)
+            with temporary_name(folder, name) as temporary:
+                self._make(folder, temporary, source, path + name)
             self._report.files += 1
-        if source.nlink > 1 and kind == stat.S_IFREG:
-            self._first_names.setdefault(source.inode, path + name)
+        if source.nlink > 1 and kind in _COPIED:
+            made = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            self._names[self._volume, source.inode] = path + name, made.st_ino
 
     def _is_same(self, folder: int, name: bytes, source: Stat, there: os.stat_result) -> bool:
         if stat.S_IFMT(there.st_mode) != stat.S_IFMT(source.mode):
@@ -150,22 +155,8 @@ class _Copier:
         near = abs(there.st_mtime_ns - source.mtime_ns) < 10**9 if there.st_mtime_ns % 10**9 == 0 else False
         return there.st_size == source.size and (near or there.st_mtime_ns == source.mtime_ns)
 
-    @contextlib.contextmanager
-    def _temporary(self, folder: int, name: bytes) -> Iterator[bytes]:
-        """Give a name for what is being made; afterwards it is in its place, or gone."""
-        temporary = b".backupfs-%s.part" % secrets.token_hex(8).encode()  # no name that a guest could have chosen
-        try:
-            yield temporary
-            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary, dir_fd=folder)
-            raise
-
-    def _make(self, folder: int, name: bytes, source: Stat) -> None:
-        first = self._first_names.get(source.inode) if source.nlink > 1 else None
-        if first is not None:
-            os.link(first, name, src_dir_fd=self._root, dst_dir_fd=folder, follow_symlinks=False)
+    def _make(self, folder: int, name: bytes, source: Stat, path: bytes) -> None:
+        if source.nlink > 1 and self._link(folder, name, source):
             return
         if stat.S_ISLNK(source.mode):
             os.symlink(self._system.readlink(source.inode), name, dir_fd=folder)
@@ -178,44 +169,48 @@ class _Copier:
             file = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
         else:
             file = os.open(name, _NEW, 0o600, dir_fd=folder)
+            hold(file)
         try:
             if stat.S_ISREG(source.mode):
-                self._write(file, source)
-            self._finish(file, source)
+                write_content(self._system, source, file, self._note)
+            self._finish(file, source, path)
         finally:
             os.close(file)
 
-    def _write(self, file: int, source: Stat) -> None:
-        os.ftruncate(file, source.size)
-        for extent in self._system.extents(source.inode, 0, source.size):
-            offset = extent.offset
-            while offset < extent.end and not extent.flag:
-                piece = self._system.read(source.inode, offset, min(_PIECE, extent.end - offset))
-                if not piece:
-                    raise GuestError(f"the file ends at {offset}, not at {source.size}")
-                _write_all(file, piece, offset)
-                offset += len(piece)
-                self._report.bytes += len(piece)
-                self._progress(self._report)
+    def _link(self, folder: int, name: bytes, source: Stat) -> bool:
+        """Make a hard link to what was copied already; return False if that is not there."""
+        other, inode = self._names.get((self._volume, source.inode), (b"", 0))
+        if not other:
+            return False
+        os.link(other, name, src_dir_fd=self._root, dst_dir_fd=folder, follow_symlinks=False)
+        if os.stat(name, dir_fd=folder, follow_symlinks=False).st_ino == inode:
+            return True
+        os.unlink(name, dir_fd=folder)  # another source has replaced it
+        return False
+
+    def _note(self, written: int) -> None:
+        self._report.bytes += written
+        self._progress(self._report)
 
     def _copy_folder(self, parent: int, path: bytes, name: bytes, source: Stat, above: tuple[int, ...]) -> None:
         if source.inode in above[:-1]:
             raise GuestError("the folder is inside of itself")
         if len(above) > DEEPEST:
             raise GuestError(f"more than {DEEPEST} folders are in each other; what is in this one is not copied")
-        with contextlib.suppress(FileExistsError):
+        is_new = True
+        try:
             os.mkdir(name, 0o700, dir_fd=parent)
+        except FileExistsError:
+            is_new = False
+        folder = _open_folder(parent, name)
         try:
-            folder = os.open(name, _FOLDER, dir_fd=parent)
-        except OSError as e:
-            raise TargetError(f"is there already, and is no folder ({e.strerror})") from e
-        try:
-            self.inside(folder, path + name + b"/", source, above)
-            self._finish(folder, source)
+            self._tidy(folder, is_new=is_new)
+            self._inside(folder, path + name + b"/", source, above)
+            self._finish(folder, source, path + name)
         finally:
             os.close(folder)
 
-    def _finish(self, file: int, source: Stat) -> None:
+    def _finish(self, file: int, source: Stat, path: bytes) -> None:
         """Set what is known of a file or folder; times last."""
         kept = True
         if self._is_root:
@@ -226,14 +221,17 @@ class _Copier:
         mode = stat.S_IMODE(source.mode)
         dangerous = bool(mode & _DANGEROUS) and not stat.S_ISDIR(source.mode)
         xattrs = self._system.xattrs(source.inode) if source.has_xattrs else {}
+        left_out = self._system.left_out(source.inode) if source.has_xattrs else ()
         dangerous |= xattrs.pop(_CAPABILITIES, None) is not None
         # An owner who may not write the file can't set xattrs either, so the mode comes after them; an ACL after that.
         kept &= _set_xattrs(file, {k: v for k, v in xattrs.items() if not k.startswith(_ACLS)})
+        kept &= _remove_acls(file, xattrs)
         os.fchmod(file, mode if stat.S_ISDIR(source.mode) else mode & ~_DANGEROUS)
         kept &= _set_xattrs(file, {k: v for k, v in xattrs.items() if k.startswith(_ACLS)})
         os.utime(file, ns=(source.atime_ns, source.mtime_ns))
         self._report.harmless += dangerous
         self._report.attributes += not kept
+        self._report.streams += [printable(path + b":" + stream) for stream in left_out]
 
 
 def _status(folder: int, name: bytes) -> os.stat_result | None:
@@ -241,6 +239,42 @@ def _status(folder: int, name: bytes) -> os.stat_result | None:
         return os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
         return None
+
+
+def _open_folder(parent: int, name: bytes) -> int:
+    """Open a folder that is to be written into. What was copied already may have modes that its owner can't, either.
+
+    Raises:
+        TargetError: it is none.
+    """
+    try:
+        place = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    except OSError as e:
+        if e.errno in {errno.ENOTDIR, errno.ELOOP}:
+            raise TargetError(f"is there already, and is no folder ({e.strerror})") from e
+        raise
+    try:
+        status = os.fstat(place)
+        if status.st_uid == os.geteuid() != 0 and status.st_mode & stat.S_IRWXU != stat.S_IRWXU:
+            # By its descriptor: its name may be another's by now.
+            os.chmod(f"/proc/self/fd/{place}", stat.S_IMODE(status.st_mode) | stat.S_IRWXU)
+        return os.open(b".", _FOLDER, dir_fd=place)
+    finally:
+        os.close(place)
+
+
+def _remove_acls(file: int, wanted: Container[bytes]) -> bool:
+    """Remove the ACLs that are not the guest's but come from the folder above; return whether that could be done.
+
+    Before the mode is set: as long as there is an ACL its group is the ACL's mask.
+    """
+    try:
+        for name in map(os.fsencode, os.listxattr(file)):
+            if name.startswith(_ACLS) and name not in wanted:
+                os.removexattr(file, name)
+    except OSError as e:
+        return e.errno == errno.EOPNOTSUPP
+    return True
 
 
 def _set_xattrs(file: int, xattrs: Mapping[bytes, bytes]) -> bool:
@@ -252,10 +286,3 @@ def _set_xattrs(file: int, xattrs: Mapping[bytes, bytes]) -> bool:
         except OSError:
             kept = False
     return kept
-
-
-def _write_all(file: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(file, view, offset)
-        view, offset = view[done:], offset + done

@@ -41,9 +41,11 @@ def find(
         complain: called with what can't be read; its paths are not told to be gone.
 
     Raises:
-        NotFound: there is no such VM.
+        NotFound: there is no such VM, or no point of it has such a disk.
     """
     repository.resolve(vm, "latest")
+    if disk is not None:
+        _refuse_unknown(repository, vm, disk)
     matches = _matcher(pattern)
     # disk -> the point it was last looked at, what was found there, and the disks that it lies on
     seen: dict[str, tuple[str, _Found, frozenset[str]]] = {}
@@ -64,6 +66,17 @@ def find(
                 _note(paths.setdefault((name, *key), []), point, before.get(key), found.get(key))
     for (name, volume, path), points in sorted(paths.items()):
         yield {"disk": name, "volume": volume, "path": path, "points": points}
+
+
+def _refuse_unknown(repository: Repository, vm: str, disk: str) -> None:
+    """Raise NotFound where no point has a disk of this name, as far as all of them can be read."""
+    for point in repository.points(vm):
+        try:
+            if repository.manifest(vm, point).disk(disk) is not None:
+                return
+        except BackupfsError:
+            return
+    raise NotFound(f"no point of {vm} has a disk {disk!r}")
 
 
 def _disks(
@@ -203,7 +216,7 @@ def _version(repository: Repository, path: GuestPath) -> tuple[Stat | None, str 
         below |= frozenset(volume.disks)
         with closing(volume.open()) as system:
             try:
-                found = look_up(system, path.path)
+                found = look_up(system, path.path).stat
             except NotFound:
                 return None, None, below
             return found, _digest(system, found) if stat.S_ISREG(found.mode) else None, below

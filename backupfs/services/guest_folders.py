@@ -8,6 +8,7 @@ from functools import partial
 from backupfs.fuse.catalogue import DiskFile, GuestFolder
 from backupfs.image import Image
 from backupfs.repository.cache import LruCache
+from backupfs.services.by_hand import how
 from backupfs.services.guest_files import GuestVolume, find_files
 from backupfs.services.guest_process import Crew
 
@@ -32,7 +33,7 @@ class GuestFolders:
                 name=f"{name}.files",
                 version=version,
                 volumes=partial(self._volumes, vm, point, by_name, name),
-                raw=f"{name}.parts/{{}}.raw".format,
+                by_hand=partial(how, f"{name}.parts"),
             )
             for name in by_name
         ]

@@ -1,12 +1,13 @@
 """Paths in guests' file systems: `VM/POINT/DISK:[VOLUME]/path`, and what they lead to."""
 
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from backupfs.errors import BackupfsError, GuestError, NotFound, UsageError
-from backupfs.filesystem import FileSystem, Stat, printable
+from backupfs.filesystem import Entry, FileSystem, Stat, printable
+from backupfs.guest.detect import FAT, NTFS
 from backupfs.repository import names
 from backupfs.repository.repository import Repository
 from backupfs.services import points
@@ -15,6 +16,7 @@ from backupfs.services.guest_files import GuestFiles, GuestVolume, open_point
 MOST_LINKS = 40
 DEEPEST = 512  # folders in folders
 """Who wants more has a loop."""
+_ANY_CASE = (NTFS, FAT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,24 +80,26 @@ def choose(files: GuestFiles, where: str, volume: str) -> GuestVolume:
 
 
 @contextmanager
-def open_volume(repository: Repository, path: GuestPath) -> Iterator[FileSystem]:
-    """Give the file system that a path is in. Raises as `open_point` and `choose`."""
+def open_volume(repository: Repository, path: GuestPath) -> Iterator[tuple[GuestVolume, FileSystem]]:
+    """Give the volume that a path is in, and its file system. Raises as `open_point` and `choose`."""
     where = f"{path.vm}/{path.point}/{path.disk}"
-    with (
-        open_point(repository, path.vm, path.point, path.disk) as files,
-        closing(choose(files, where, path.volume).open()) as system,
-    ):
-        yield system
+    with open_point(repository, path.vm, path.point, path.disk) as files:
+        volume = choose(files, where, path.volume)
+        with closing(volume.open()) as system:
+            yield volume, system
 
 
-def look_up(system: FileSystem, path: bytes) -> Stat:
-    """Return what a path stands for, from the root on. Links on the way are followed inside; the last one is not.
+def look_up(system: FileSystem, path: bytes) -> Entry:
+    """Return what a path stands for, from the root on, and its name in its folder, b"" for the root.
+
+    Links on the way are followed inside; the last one is not. Where the guest's system goes by names without looking at
+    their case, another case will do if it is the only one.
 
     Raises:
         NotFound: there is no such path.
         GuestError: it can't be read, or goes in circles.
     """
-    trail = [system.stat(system.root)]
+    trail = [Entry(b"", system.stat(system.root))]
     left = [part for part in reversed(path.split(b"/")) if part]
     links = 0
     while left:
@@ -105,24 +109,46 @@ def look_up(system: FileSystem, path: bytes) -> Stat:
         if name == b"..":
             trail = trail[:-1] or trail
             continue
-        if not stat.S_ISDIR(trail[-1].mode):
+        if not stat.S_ISDIR(trail[-1].stat.mode):
             raise NotFound(f"{printable(path)}: what comes before {printable(name)} is no folder")
-        found = next((entry.stat for entry in system.list(trail[-1].inode) if entry.name == name), None)
+        found = _named(system.list(trail[-1].stat.inode), name, any_case=system.kind in _ANY_CASE)
         if found is None:
             raise NotFound(f"there is no {printable(path)}: {printable(name)} is not there")
-        if not found.mode:
-            found = system.stat(found.inode)  # says what is wrong
-        if left and stat.S_ISLNK(found.mode):
+        if not found.stat.mode:
+            found = Entry(found.name, system.stat(found.stat.inode))  # says what is wrong
+        if left and stat.S_ISLNK(found.stat.mode):
             links += 1
             if links > MOST_LINKS or len(left) > 10_000:
                 raise GuestError(f"{printable(path)}: too many symbolic links")
-            target = system.readlink(found.inode)
+            target = system.readlink(found.stat.inode)
             if target.startswith(b"/"):
                 trail = trail[:1]
             left += [part for part in reversed(target.split(b"/")) if part]
             continue
         trail.append(found)
     return trail[-1]
+
+
+def _named(entries: Sequence[Entry], name: bytes, *, any_case: bool) -> Entry | None:
+    """Return the entry of a name. Raises NotFound: only several others differ from it in nothing but case."""
+    for entry in entries:
+        if entry.name == name:
+            return entry
+    wanted = _upper(name) if any_case else ""
+    others = [entry for entry in entries if wanted and _upper(entry.name) == wanted]
+    if len(others) > 1:
+        names_there = ", ".join(printable(entry.name) for entry in others[:10])
+        raise NotFound(f"there is no {printable(name)}, but in other cases: {names_there}")
+    return others[0] if others else None
+
+
+def _upper(name: bytes) -> str:
+    """Return a name in upper case, letter by letter as Windows does it: no letter becomes two."""
+    try:
+        text = name.decode("utf-8", "surrogatepass")
+    except UnicodeError:
+        return ""  # such a name is in no NTFS or FAT
+    return "".join(c.upper() if len(c.upper()) == 1 else c for c in text)
 
 
 def walk(

@@ -152,6 +152,9 @@ class GuestFileSystem:
             raise GuestError(f"{self._name}: the attributes of {len(inodes)} inodes make no sense")
         return [None if place is None else found[place] for place in which]
 
+    def left_out(self, inode: int) -> Sequence[bytes]:
+        return self._ask(messages.NamesAnswer, "left_out", inode).names
+
     def _believed(self, row: messages.StatRow) -> Stat:
         found = Stat(*row)
         numbers = (found.inode, found.size, found.allocated, found.rdev)

@@ -313,6 +313,11 @@ class OverlayImage:
     def close(self) -> None:
         try:
             self._changes.flush()
+        except OSError as e:
+            # Nobody can be told any more; it is tried again by the next flush, and at the end of the mount.
+            log.error("what was written last could not be kept: %s", e.strerror)
+        except BackupfsError:
+            pass  # that was said when it broke
         finally:
             self._base.close()
 

@@ -9,7 +9,7 @@ however it ends. With `keep`:
         VM/POINT/DISK/                   names escaped as in the repository
           about.json                     of which disk; written last: what lies here without it was never used
           data                           sparse, as long as the disk
-          map                            one byte for each 4 KiB of it (blockmap.py)
+          map                            one byte for each 4 KiB of it (blockmap.py), its space reserved
 
 It is the user's own folder, and nobody else may write to it. All is opened from its descriptor on, and no link is
 followed. What is kept is used for the very disk that it was begun on, or refused. From any thread.
@@ -199,14 +199,17 @@ class ScratchFolder:
             try:
                 data = os.open(_DATA, _FILE | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=fd)
                 map_ = os.open(_MAP, _FILE | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=fd)
-                for file, size in ((data, disk.size), (map_, BlockMap(disk.size).pages * PAGE)):
-                    os.ftruncate(file, size)
-                    os.fsync(file)
+                os.ftruncate(data, disk.size)
+                _reserve(map_, BlockMap(disk.size).pages * PAGE)
+                os.fsync(data)
+                os.fsync(map_)
                 _write_about(fd, _about(disk))
             except BaseException:
-                for file in (data, map_):
+                for file, what in ((data, _DATA), (map_, _MAP)):
                     if file >= 0:
                         os.close(file)
+                        with suppress(OSError):
+                            os.unlink(what, dir_fd=fd)
                 raise
         return Files(data, map_, self._name(disk))
 
@@ -330,6 +333,16 @@ def _write_about(folder: int, about: dict[str, Any]) -> None:
         os.fsync(file.fileno())
     os.rename(_NEW, _ABOUT, src_dir_fd=folder, dst_dir_fd=folder)
     os.fsync(folder)
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Make a file so long, with its space: what was taken into a full file system must be told to be there, too."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as e:
+        if e.errno not in {errno.EOPNOTSUPP, errno.EINVAL}:
+            raise
+        os.ftruncate(fd, size)
 
 
 def _read_map(fd: int, size: int, name: str) -> BlockMap:

@@ -43,6 +43,7 @@ def source(tmp_path: Path) -> Path:
         (source / f"etc/many/{number}").write_text(f"{number}\n" * number)
     (source / "etc/hosts").write_text("old\n")
     (source / "etc/link").symlink_to("hosts")
+    Path(os.fsdecode(os.fsencode(source) + b"/etc/odd link")).symlink_to(os.fsdecode(ODD))
     Path(os.fsdecode(os.fsencode(source) + b"/etc/" + ODD)).write_text("odd")
     with (source / "sparse").open("wb") as file:
         file.truncate(4 * MiB)
@@ -86,9 +87,11 @@ def test_a_file_that_was_deleted_comes_back(repo: Path, tmp_path: Path) -> None:
 def test_ls(repo: Path) -> None:
     listed = backupfs_json(repo, "ls", "web01/latest/vda:/etc")
     names = {entry["name"]: entry for entry in listed}
-    assert set(names) == {"hosts", "link", "later", "many", "odd\\xff\x1b[2Jname"}
+    assert set(names) == {"hosts", "link", "odd link", "later", "many", "odd\\xff\x1b[2Jname"}
     assert names["hosts"]["size"] == 8
     assert (names["link"]["type"], names["link"]["target"]) == ("link", "hosts")
+    assert "target_base64" not in names["link"]
+    assert base64.b64decode(names["odd link"]["target_base64"]) == ODD
     odd = names["odd\\xff\x1b[2Jname"]
     assert base64.b64decode(odd["name_base64"]) == ODD
     shown = backupfs(repo, "ls", "web01/latest/vda:/etc")
@@ -128,6 +131,29 @@ def test_all_of_a_volume(repo: Path, source: Path, tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "all/lost+found").stat().st_mode) == 0o700
 
 
+def test_the_same_command_again(repo: Path, tmp_path: Path) -> None:
+    """With a slash at its end a folder that is not there is made, and copied into each time."""
+    etc, sparse, everything = "web01/latest/vda:/etc", "web01/latest/vda:0/sparse", "web01/latest/vda:/"
+    for sources, inside in (
+        ((sparse,), {"sparse"}),
+        ((etc, sparse), {"etc", "sparse"}),
+        ((everything,), {"etc", "sparse", "lost+found"}),
+    ):
+        target = tmp_path / f"restored{len(inside)}"
+        first = backupfs_json(repo, "cp", *sources, f"{target}/")
+        (target / ".backupfs-0123456789abcdef.part").write_text("left by a kill")
+        again = backupfs_json(repo, "cp", *sources, f"{target}/")
+        assert (again["files"], again["there"]) == (0, first["files"])
+        assert {p.name for p in target.iterdir()} == inside
+    backupfs(repo, "cp", etc, tmp_path / "new")
+    assert (tmp_path / "new/hosts").exists()
+    backupfs(repo, "cp", etc, tmp_path / "new")
+    assert (tmp_path / "new/etc/hosts").exists(), "as cp(1)"
+    (tmp_path / "file").touch()
+    assert "file/: File exists" in backupfs(repo, "cp", etc, f"{tmp_path}/file/", code=1)
+    assert "no such folder" in backupfs(repo, "cp", etc, f"{tmp_path}/nothing/restored/", code=2)
+
+
 def test_history(repo: Path) -> None:
     versions = backupfs_json(repo, "history", "web01", "vda:/etc/hosts")
     assert [(v["first"], v["last"], v["size"], v["sha256"]) for v in versions] == [
@@ -146,8 +172,11 @@ def test_globs(repo: Path) -> None:
     assert paths("host*") == ["/etc/hosts"]
     assert sorted(paths("many/4?")) == [f"/etc/many/{n}" for n in range(40, 50)]
     assert paths("/etc/many/[12]") == ["/etc/many/1", "/etc/many/2"]
-    assert paths("nothing") == []
-    assert paths("odd*") == ["/etc/odd\\xff\x1b[2Jname"]
+    command = [*BACKUPFS, "-r", repo, "find", "web01", "nothing"]
+    for options, printed in (((), ""), (("--json",), "[]\n")):
+        said = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+        assert (said.returncode, said.stdout, said.stderr) == (1, printed, "backupfs: nothing found\n")
+    assert paths("odd?*name") == ["/etc/odd\\xff\x1b[2Jname"]
     assert "\x1b" not in backupfs(repo, "find", "web01", "odd*")
 
 
@@ -160,6 +189,7 @@ def test_what_can_not_be(repo: Path, tmp_path: Path) -> None:
         (("cp", "web01/latest/vda:/etc", "web01/latest/vda:/sparse", str(tmp_path / "nothing")), 2, "no such folder"),
         (("cp", "web01/latest/vda:/etc", "-"), 50, "only a file"),
         (("find", "web02", "x"), 10, "web02"),
+        (("find", "web01", "hosts", "--disk", "vdz"), 10, "no point of web01 has a disk 'vdz'"),
         (("history", "web01", "vda:/nothing"), 10, "no point of web01 has it"),
         (("history", "web01", "/etc/hosts"), 2, "DISK:[VOLUME]/path"),
     ):

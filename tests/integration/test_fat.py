@@ -8,11 +8,13 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from images import FileImage
 from servers import need, run
 from test_guest_files import LONG, SIZE, differences, fill, look, open_image
 
 from backupfs.errors import GuestError
-from backupfs.units import MiB
+from backupfs.guest.detect import detect
+from backupfs.units import KiB, MiB
 
 pytestmark = pytest.mark.timeout(300 if not LONG else 3600)
 
@@ -82,6 +84,55 @@ def test_a_fat32_without_a_first_folder(tmp_path: Path) -> None:
     patch(tmp_path / "disk", lambda content: struct.pack_into("<I", content, 44, 0))
     with pytest.raises(GuestError, match="no first folder"):
         open_image(tmp_path / "disk")
+
+
+@pytest.mark.parametrize(("bits", "options"), [("16", ("-A",)), ("12", ()), ("16", ()), ("32", ())])
+def test_a_fat_that_does_not_say_so(tmp_path: Path, bits: str, options: tuple[str, ...]) -> None:
+    """Its numbers count, not the words in it, which mkfs.fat -A leaves out; and all of them have to fit."""
+    path = tmp_path / "disk"
+    source = make_fat(path, bits, *options)
+
+    def without_words(content: bytearray) -> None:
+        content[3:11] = b"odd name"
+        at = 82 if bits == "32" else 54
+        content[at : at + 8] = b"whatever"
+
+    patch(path, without_words)
+    assert contents(path) == {file.name: file.read_bytes() for file in source.iterdir()}
+    good = path.read_bytes()
+    (reserved,) = struct.unpack_from("<H", good, 14)
+    (sector,) = struct.unpack_from("<H", good, 11)
+    wrong = {"sector": 12, "clusters": 13, "tables": 16, "medium": 21, "table's first": reserved * sector}
+    for what, at in wrong.items():
+        patch(path, lambda content, at=at: content.__setitem__(at, 0x33))  # type: ignore[misc]
+        assert kind(path) is None, what
+        path.write_bytes(good)
+    with path.open("r+b") as file:
+        file.truncate(len(good) // 2)
+    assert kind(path) is None, "cut off"
+
+
+def test_other_first_sectors_are_not_taken_for_fat(tmp_path: Path) -> None:
+    """Those of NTFS and exFAT, also without their names, a partition table with code, and anything."""
+    need("mkfs.ntfs")
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(SIZE))
+    run("mkfs.ntfs", "-q", "-F", "-f", path)
+    patch(path, lambda content: content.__setitem__(slice(3, 11), b"odd name"))
+    assert kind(path) is None
+    exfat = b"\xeb\x76\x90odd name" + bytes(53) + struct.pack("<QQIIIII", 0, SIZE // 512, 128, 128, 256, 9000, 4)
+    path.write_bytes((exfat.ljust(510, b"\0") + b"\x55\xaa").ljust(64 * KiB, b"\0") + b"\xf8\xff\xff\xff" * 4096)
+    assert kind(path) is None
+    chance = random.Random(5)
+    for _ in range(300):
+        first = chance.randbytes(510) + b"\x55\xaa"
+        path.write_bytes(b"\xeb\x3c\x90" + first[3:] + b"\xf8\xff\xff\xff" * 2048)
+        assert kind(path) is None
+
+
+def kind(path: Path) -> str | None:
+    with closing(FileImage(path)) as image:
+        return detect(image).family
 
 
 @pytest.mark.parametrize("bits", ["12", "16", "32"])

@@ -122,7 +122,7 @@ def differences(system: FileSystem, root: Path, *ignored: str) -> list[str]:
                 yield "another target"
             return
         names = os.listxattr(path, follow_symlinks=False)
-        expected = {name.encode(): os.getxattr(path, name, follow_symlinks=False) for name in names}
+        expected = {os.fsencode(name): os.getxattr(path, name, follow_symlinks=False) for name in names}
         if expected and not ours.has_xattrs:
             yield "no xattrs"
         if system.xattrs(ours.inode) != expected:

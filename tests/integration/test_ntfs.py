@@ -12,7 +12,8 @@ from servers import need, run
 from test_guest_files import LONG, SIZE, differences, fill, look, mounted, open_image
 
 from backupfs.errors import GuestError, NotFound
-from backupfs.units import MiB
+from backupfs.services.guest_copy import Copier, Report
+from backupfs.units import KiB, MiB
 
 pytestmark = pytest.mark.timeout(300 if not LONG else 3600)
 
@@ -83,6 +84,101 @@ def test_a_large_folder_of_ntfs(tmp_path: Path) -> None:
         closing(open_image(path)) as system,
     ):
         assert [line for line in differences(system, root, "allocated") if ": size " not in line] == []
+
+
+def test_names_that_are_no_whole_utf_16(tmp_path: Path) -> None:
+    """Windows lets any program make them. The Sleuth Kit cuts them off there, and three of them are one then."""
+    path, names = make_ntfs(tmp_path / "disk"), (b"a", b"a\xed\xa0\x80", b"a\xed\xa0\x81", b"\xed\xb0\x80", b"b^")
+    streams = [b"user." + name for name in names]
+    with mounted(path, tmp_path / "mnt", ntfs=True) as root:
+        odd = root / os.fsdecode(b"folder\xed\xa0\x80c")
+        for folder in (root, odd, root / "many"):
+            folder.mkdir(exist_ok=True)
+            for name in names:
+                Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(b"content of " + name)
+            for stream in streams:
+                os.setxattr(folder / "b^", stream, b"content of " + stream)
+        os.setxattr(odd, streams[1], b"stream of a folder")
+        for number in range(1000):
+            (root / f"many/{number}").touch()
+    with (
+        mounted(path, tmp_path / "mnt", read_only=True, ntfs=True) as root,
+        closing(open_image(path)) as system,
+    ):
+        assert [line for line in differences(system, root, "allocated") if ": size " not in line] == []
+        assert set(system.xattrs(look(system, "many/b^"))) == set(streams)
+        assert system.stat(look(system, "many/b^")).size == len(b"content of b^")
+
+
+def test_streams_that_are_no_attributes_are_named(tmp_path: Path) -> None:
+    """What is too large for an extended attribute, or has too long a name; ls and the mount have the others."""
+    path = make_ntfs(tmp_path / "disk")
+    with mounted(path, tmp_path / "mnt", ntfs=True) as root:
+        (root / "folder").mkdir()
+        (root / "folder/file").write_bytes(b"content")
+        for at in (root / "folder", root / "folder/file"):
+            os.setxattr(at, "user.small", b"x" * 64 * KiB)
+            os.setxattr(at, "user." + "ä" * 100, b"long name")
+    add_stream(path, tmp_path, "folder", "large", b"large" * 20_000)
+    add_stream(path, tmp_path, "folder/file", "large", b"large" * 20_000)
+    add_stream(path, tmp_path, "folder/file", "ä" * 130, b"longer name")
+    (tmp_path / "out").mkdir()
+    report = Report()
+    with closing(open_image(path)) as system:
+        assert set(system.xattrs(look(system, "folder/file"))) == {b"user.small", b"user." + "ä".encode() * 100}
+        with Copier(str(tmp_path / "out"), force=False, report=report, progress=print) as copier:
+            copier.copy(system, "1", system.stat(system.root), "")
+    assert sorted(report.streams) == ["folder/file:large", f"folder/file:{'ä' * 130}", "folder:large"]
+    assert report.failed == []
+    assert os.listxattr(tmp_path / "out/folder/file")
+
+
+def add_stream(path: Path, tmp_path: Path, file: str, name: str, content: bytes) -> None:
+    """Write a stream as Windows does: ntfs-3g shows it as FILE:NAME then."""
+    folder = tmp_path / "windows"
+    folder.mkdir(exist_ok=True)
+    run("ntfs-3g", "-o", "streams_interface=windows", path, folder)
+    try:
+        Path(f"{folder}/{file}:{name}").write_bytes(content)
+    finally:
+        run("umount", folder)
+
+
+def test_streams_that_can_not_be_told_apart(tmp_path: Path) -> None:
+    """Of a file with a list of attributes The Sleuth Kit alone knows which is where: no wrong name, but an error."""
+    path = make_ntfs(tmp_path / "disk")
+    with mounted(path, tmp_path / "mnt", ntfs=True) as root:
+        for file, last in (("good", b"user.last"), ("bad", b"user.last\xed\xa0\x80")):
+            (root / file).write_bytes(b"content of " + file.encode())
+            for number in range(30):
+                os.setxattr(root / file, f"user.stream{number}", b"x" * 100)
+            os.setxattr(root / file, last, b"last")
+    with closing(open_image(path)) as system:
+        assert len(system.xattrs(look(system, "good"))) == 31
+        assert system.read(look(system, "good"), 0, 100) == b"content of good"
+        (bad,) = (entry.stat for entry in system.list(system.root) if entry.name == b"bad")
+        assert not bad.mode
+        for call in (system.stat, system.xattrs):
+            with pytest.raises(GuestError, match="the names of its streams can't be read"):
+                call(bad.inode)
+
+
+def test_a_name_that_leads_to_what_was_removed(tmp_path: Path) -> None:
+    """Its record is another file's now, as after a crash: it does not have that one's content."""
+    path = make_ntfs(tmp_path / "disk")
+    with mounted(path, tmp_path / "mnt", ntfs=True) as root:
+        (root / "file").write_bytes(b"content")
+        (root / "other").write_bytes(b"other")
+    with closing(open_image(path)) as system:
+        inode = look(system, "file")
+    with path.open("r+b") as file:
+        file.seek(place(path, 0, inode * 1024) + 16)  # how often the record was used
+        file.write(struct.pack("<H", 7))
+    with closing(open_image(path)) as system:
+        found = {entry.name: entry.stat for entry in system.list(system.root)}
+        assert (found[b"file"].mode, found[b"other"].mode) == (0, 0o100777)
+        with pytest.raises(GuestError, match=f"inode {inode} was removed"):
+            system.stat(found[b"file"].inode)
 
 
 def test_a_name_whose_record_is_damaged(tmp_path: Path) -> None:

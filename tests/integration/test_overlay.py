@@ -5,8 +5,10 @@ import itertools
 import os
 import random
 import shutil
+import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from images import BytesImage
 
 from backupfs.errors import Corrupt, MountError
 from backupfs.extents import coalesce
-from backupfs.image import Buffer, seek
+from backupfs.image import Buffer, ZeroImage, seek
 from backupfs.services.blockmap import BLOCK, PAGE, POINTS, WRITTEN, ZERO, BlockMap
 from backupfs.services.overlay import OverlayImage
 from backupfs.services.scratch import KEPT, Disk, Refused, ScratchFolder
@@ -341,6 +343,72 @@ def test_a_map_that_found_no_room_is_written_by_the_next_flush(folder: Path, mon
     image.flush()
     kept = next(folder.glob(f"{KEPT}/web01/*/vda/map")).read_bytes()
     assert kept == b"\1" + bytes(PAGE - 1)
+    scratch.close(all_returned=True)
+
+
+def test_a_full_file_system_keeps_what_it_took(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The map has its space from the beginning, so what was written before there was no more room is kept."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    (small := folder / "small").mkdir()
+    disk = Disk("web01", "20260101T000000Z", "vda", "v1", 256 * MiB)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400K,mode=0700", "none", small], check=True)
+    try:
+        scratch = scratch_in(small, keep=True)
+        image = OverlayImage(ZeroImage(disk.size), scratch.changes(disk), lambda _: None)
+        written = 0
+        with suppress(OSError):
+            for number in range(128):  # over several pages of the map
+                image.write(number * 2 * MiB, b"a" * BLOCK)
+                written += 1
+        assert 10 < written < 128
+        image.close()
+        scratch.close(all_returned=True)
+        scratch = scratch_in(small, keep=True)
+        image = OverlayImage(ZeroImage(disk.size), scratch.changes(disk), lambda _: None)
+        for number in range(written):
+            assert b"".join(map(bytes, image.gather(number * 2 * MiB, BLOCK))) == b"a" * BLOCK
+        image.close()
+        scratch.close(all_returned=True)
+        assert caplog.messages == []
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)
+
+
+def test_no_room_for_a_map(folder: Path) -> None:
+    """Who writes is told, and nothing is left."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    (small := folder / "small").mkdir()
+    disk = Disk("web01", "20260101T000000Z", "vda", "v1", 4096 * MiB)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400K,mode=0700", "none", small], check=True)
+    try:
+        scratch = scratch_in(small, keep=True)
+        image = OverlayImage(ZeroImage(disk.size), scratch.changes(disk), lambda _: None)
+        with pytest.raises(OSError, match="No space left"):
+            image.write(0, b"a" * BLOCK)
+        image.close()
+        scratch.close(all_returned=True)
+        assert list(small.glob(f"{KEPT}/web01/*/vda/*")) == []
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)
+
+
+def test_closing_says_what_could_not_be_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a line: who closes a file can't be told."""
+    scratch = scratch_in(folder, keep=True)
+    image = view(scratch)
+    image.write(0, b"a" * BLOCK)
+    with monkeypatch.context() as patch:
+        fail(patch, "pwrite", errno.ENOSPC)
+        image.close()
+    assert caplog.messages == ["what was written last could not be kept: No space left on device"]
+    caplog.clear()
+    scratch.close(all_returned=True)
+    scratch = scratch_in(folder, keep=True)
+    assert content(view(scratch))[:BLOCK] == b"a" * BLOCK
     scratch.close(all_returned=True)
 
 

@@ -2,10 +2,13 @@
 
 import errno
 import os
+import pickle
 import stat
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,9 +16,10 @@ from backupfs.errors import GuestError, NotFound, TargetError
 from backupfs.extents import Extent
 from backupfs.filesystem import Entry, Stat, printable
 from backupfs.services import guest_path
-from backupfs.services.guest_copy import Report, copy
+from backupfs.services.copy_parts import hold
+from backupfs.services.guest_copy import Copier, Report
 from backupfs.services.guest_path import look_up, walk
-from backupfs.units import MiB
+from backupfs.units import KiB, MiB
 
 TIME = 1_700_000_000_123_456_789
 
@@ -72,16 +76,23 @@ class FakeFiles:
     def xattrs(self, inode: int) -> dict[bytes, bytes]:
         return {b"security.capability": b"\1\0\0\2" + bytes(16)} if self.stats[inode].uid == 4 else {}
 
+    def left_out(self, inode: int) -> Sequence[bytes]:
+        return [b"large\xff"] if self.stats[inode].uid == 4 else []
+
     def close(self) -> None:
         pass
 
 
-def copied(system: FakeFiles, target: Path, *, force: bool = False) -> Report:
+def copied(
+    system: FakeFiles, target: Path, *, force: bool = False, progress: Callable[[Report], None] = lambda _: None
+) -> Report:
     report = Report()
-    copy(system, system.stat(1), str(target), "", force=force, report=report, progress=lambda _: None)
+    with Copier(str(target), force=force, report=report, progress=progress) as copier:
+        copier.copy(system, "volume", system.stat(1), "")
     return report
 
 
+NOBODY = 2**32 - 1  # in an ACL's entries that are of nobody by name
 LINK, FOLDER = stat.S_IFLNK | 0o777, stat.S_IFDIR | 0o755
 
 
@@ -156,6 +167,32 @@ def test_a_folder_that_can_not_be_read_hides_no_other() -> None:
     assert said == [b"/damaged"]
 
 
+def test_a_file_in_many_pieces_is_read_in_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies near each other is read at once, and holes stay holes."""
+    pieces = [(number * 8 * KiB, KiB) for number in range(3000)]  # 24 MiB
+    pieces += [(40 * MiB, 5 * MiB // 2), (50 * MiB, 100)]
+    content = bytearray(60 * MiB)
+    for offset, length in pieces:
+        content[offset : offset + length] = bytes([1 + offset % 251]) * length
+
+    def extents(_: FakeFiles, inode: int, offset: int, length: int) -> Iterator[Extent]:
+        position = 0
+        for begin, size in [*pieces, (length, 0)]:
+            yield Extent(position, begin - position, True)
+            yield Extent(begin, size, False)
+            position = begin + size
+
+    monkeypatch.setattr(FakeFiles, "extents", extents)
+    system = FakeFiles()
+    system.add(1, b"file", 2, content=bytes(content))
+    report = copied(system, tmp_path)
+    assert (report.failed, report.bytes) == ([], sum(length for _, length in pieces))
+    assert (tmp_path / "file").read_bytes() == content
+    assert system.reads < 40
+    with (tmp_path / "file").open("rb") as file:
+        assert os.lseek(file.fileno(), 24 * MiB, os.SEEK_DATA) == 40 * MiB
+
+
 def test_what_is_not_taken_over(tmp_path: Path) -> None:
     system = FakeFiles()
     system.add(1, b"setuid", 2, stat.S_IFREG | 0o6755, b"x")
@@ -165,6 +202,7 @@ def test_what_is_not_taken_over(tmp_path: Path) -> None:
     system.stats[5] = replace(system.stats[5], uid=4)
     report = copied(system, tmp_path)
     assert (report.files, report.left_out, report.harmless, report.failed) == (2, 2, 2, [])
+    assert report.streams == ["capable:large\\xff"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["capable", "setuid"]
     assert stat.S_IMODE((tmp_path / "setuid").stat().st_mode) == 0o755
     assert "security.capability" not in os.listxattr(tmp_path / "capable")
@@ -221,7 +259,7 @@ def test_an_interruption_leaves_no_part(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        copy(system, system.stat(1), str(tmp_path), "", force=False, report=Report(), progress=interrupt)
+        copied(system, tmp_path, progress=interrupt)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -237,6 +275,131 @@ def test_a_full_target_ends_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(TargetError, match=r"^0: No space left"):
         copied(system, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_copy_left_is_removed(tmp_path: Path) -> None:
+    """But not what another one is making, nor a guest's file of such a name, nor what is named almost so."""
+    system = FakeFiles()
+    system.add(1, b"folder", 2, FOLDER)
+    system.add(2, b"file", 3, content=b"x")
+    system.add(2, b".backupfs-00000000000000aa.part", 4, content=b"guest's")
+    left, held = ".backupfs-0123456789abcdef.part", ".backupfs-fedcba9876543210.part"
+    (tmp_path / "folder").mkdir()
+    for folder in (tmp_path, tmp_path / "folder"):
+        (folder / left).write_text("left")
+        (folder / ".backupfs-0000000000000000.part").symlink_to("nowhere")
+        (folder / ".backupfs-1.part").write_text("almost")
+    making = os.open(tmp_path / "folder" / held, os.O_WRONLY | os.O_CREAT)
+    hold(making)
+    report = Report()
+    with Copier(str(tmp_path), force=False, report=report, progress=lambda _: None) as copier:
+        for volume in (1, 2):
+            copier.copy(system, volume, system.stat(1), "")
+    os.close(making)
+    names = {p.name for p in (tmp_path / "folder").iterdir()}
+    assert names == {"file", ".backupfs-00000000000000aa.part", held, ".backupfs-1.part"}
+    assert {p.name for p in tmp_path.iterdir()} == {"folder", ".backupfs-1.part"}
+    assert (report.files, report.there) == (2, 2)
+
+
+def test_hard_links_of_several_sources(tmp_path: Path) -> None:
+    """Files, symbolic links and FIFOs; not of another volume that has the same numbers."""
+    system = FakeFiles()
+    for number, (mode, content) in enumerate(
+        ((stat.S_IFREG | 0o644, b"x"), (LINK, b"target"), (stat.S_IFIFO | 0o600, b""))
+    ):
+        for folder in (20, 30):
+            system.put(folder, FOLDER)
+            system.add(folder, b"%d" % number, 10 + number, mode, content)
+        system.stats[10 + number] = replace(system.stats[10 + number], nlink=2)
+    with Copier(str(tmp_path), force=False, report=Report(), progress=lambda _: None) as copier:
+        for volume, folder, name in (("1", 20, "a"), ("1", 30, "b"), ("2", 30, "c")):
+            copier.copy(system, volume, system.stat(folder), name)
+    for number in range(3):
+        numbers = [(tmp_path / name / str(number)).lstat().st_ino for name in "abc"]
+        assert numbers[0] == numbers[1] != numbers[2]
+
+
+def test_folders_that_their_owner_may_not_write_to(tmp_path: Path) -> None:
+    """Copied by an ordinary user, twice: the modes are the guest's each time. What another owns is told apart."""
+    system = FakeFiles()
+    for inode, mode in ((2, 0), (3, 0o500), (4, 0o300)):
+        system.add(1, b"%d" % inode, inode, stat.S_IFDIR | mode)
+        system.add(inode, b"file", 10 + inode, stat.S_IFREG, content=b"x")
+        system.add(inode, b"inner", 20 + inode, stat.S_IFDIR | mode)
+    system.add(1, b"another's", 30, FOLDER)
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "another's").mkdir(0o700)
+
+    def copy_twice() -> list[tuple[int, int, list[tuple[str, str]]]]:
+        # By a path from here on: folders above are root's alone.
+        reports = [copied(system, Path()) for _ in range(2)]
+        return [(report.files, report.there, report.failed) for report in reports]
+
+    found = as_ordinary_user(target, copy_twice)
+    denied = [("another's", "Permission denied")]
+    assert found == [(3, 0, denied), (0, 3, denied)]
+    modes = [stat.S_IMODE((target / name).stat().st_mode) for name in ("2", "3", "4", "2/inner", "3/inner")]
+    assert modes == [0, 0o500, 0o300, 0, 0o500]
+
+
+def as_ordinary_user(folder: Path, call: Callable[[], Any]) -> Any:
+    """Return what a function returns in a process of somebody who is not root, and to whom `folder` belongs."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    os.chown(folder, 65534, 65534)
+    at = os.open(folder, os.O_RDONLY)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.fchdir(at)
+            os.setgroups([])
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+            os.write(writing, pickle.dumps(call()))
+        finally:
+            os._exit(0)
+    os.close(writing)
+    os.close(at)
+    with open(reading, "rb") as said:
+        found = pickle.load(said)
+    os.waitpid(child, 0)
+    return found
+
+
+def test_a_hard_link_to_what_was_replaced_is_none(tmp_path: Path) -> None:
+    """The second source has a file of the name that the first one's has, and --force; the third is its other name."""
+    system = FakeFiles()
+    for folder, name, inode, content in ((20, b"x", 10, b"one"), (30, b"x", 11, b"another"), (40, b"y", 10, b"")):
+        system.put(folder, FOLDER)
+        system.add(folder, name, inode, content=content)
+    system.stats[10] = replace(system.stats[10], nlink=2)
+    with Copier(str(tmp_path), force=True, report=Report(), progress=lambda _: None) as copier:
+        for folder in (20, 30, 40):
+            copier.copy(system, "1", system.stat(folder), "")
+    assert [(tmp_path / name).read_bytes() for name in "xy"] == [b"another", b"one"]
+
+
+def test_acls_of_the_target_are_not_the_copys(tmp_path: Path) -> None:
+    """A folder's default ACL goes to all that is made in it: the guest's modes would mean something else."""
+    rows = ((1, 7, NOBODY), (2, 7, 1000), (4, 5, NOBODY), (16, 7, NOBODY), (32, 5, NOBODY))
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *row) for row in rows)
+    try:
+        os.setxattr(tmp_path, "system.posix_acl_default", acl)
+    except OSError:
+        pytest.skip("no ACLs here")
+    system = FakeFiles()
+    system.add(1, b"folder", 2, stat.S_IFDIR | 0o750)
+    system.add(2, b"file", 3, stat.S_IFREG | 0o640, b"x")
+    system.add(2, b"fifo", 4, stat.S_IFIFO | 0o640)
+    report = copied(system, tmp_path)
+    assert (report.failed, report.attributes) == ([], 0)
+    for path, mode in (("folder", 0o750), ("folder/file", 0o640), ("folder/fifo", 0o640)):
+        assert os.listxattr(tmp_path / path) == [], path
+        assert stat.S_IMODE((tmp_path / path).stat().st_mode) == mode, path
+    assert os.listxattr(tmp_path) == ["system.posix_acl_default"]
 
 
 def test_a_file_named_as_a_part_is_a_file(tmp_path: Path) -> None:
@@ -258,14 +421,33 @@ def test_paths_and_links_on_the_way() -> None:
     system.add(1, b"absolute", 7, LINK, b"/usr")
     system.add(1, b"circle", 8, LINK, b"circle/x")
     for path in (b"usr/lib/file", b"lib/file", b"/lib/up/file", b"absolute/lib/./file", b"usr/../lib/../lib/file"):
-        assert look_up(system, path).inode == 4, path
-    assert look_up(system, b"lib").inode == 5, "the last one is not followed"
-    assert look_up(system, b"").inode == 1
+        assert look_up(system, path).stat.inode == 4, path
+    assert look_up(system, b"lib").stat.inode == 5, "the last one is not followed"
+    assert look_up(system, b"").stat.inode == 1
     with pytest.raises(GuestError, match="too many"):
         look_up(system, b"circle/y")
     for path in (b"nothing", b"usr/lib/file/below", b"lib/nothing"):
         with pytest.raises(NotFound):
             look_up(system, path)
+
+
+def test_names_of_windows_in_any_case() -> None:
+    """The one that is meant comes first; of several in other cases none is."""
+    system = FakeFiles(kind="ntfs")
+    system.add(1, b"Windows", 2, FOLDER)
+    for inode, name in ((3, b"System.INI"), (4, "Größe".encode()), (5, b"a"), (6, b"A"), (7, b"bB"), (8, b"Bb")):
+        system.add(2, name, inode)
+    for path, inode in (("WINDOWS/system.ini", 3), ("windows/GRÖßE", 4), ("Windows/a", 5), ("windows/A", 6)):
+        assert look_up(system, path.encode()).stat.inode == inode, path
+    assert look_up(system, b"windows/SYSTEM.ini").name == b"System.INI"
+    with pytest.raises(NotFound, match="in other cases: bB, Bb"):
+        look_up(system, b"windows/BB")
+    for path in ("windows/GRÖSSE", "windows/other"):
+        with pytest.raises(NotFound):
+            look_up(system, path.encode())
+    system.kind = "ext4"
+    with pytest.raises(NotFound):
+        look_up(system, b"windows")
 
 
 def test_names_do_nothing_to_a_terminal() -> None:

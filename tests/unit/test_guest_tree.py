@@ -6,6 +6,7 @@ import stat
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from backupfs.fuse.catalogue import GuestFolder, GuestVolume, PointEntry
 from backupfs.fuse.guest_volume import Unsound
 from backupfs.fuse.nodes import ROOT_INODE, GuestFile
 from backupfs.fuse.tree import Tree
+from backupfs.guest import detect
+from backupfs.services.by_hand import how
 
 
 class Catalogue:
@@ -35,7 +38,7 @@ class Catalogue:
     def point(self, vm: str, point: str) -> PointEntry:
         if (vm, point) != ("web", "p"):
             raise NotFound(point)
-        return PointEntry(1, [], guests=[GuestFolder("vda.files", "1", self.volumes, lambda v: f"vda.parts/{v}.raw")])
+        return PointEntry(1, [], guests=[GuestFolder("vda.files", "1", self.volumes, partial(how, "vda.parts"))])
 
     @contextlib.contextmanager
     def volumes(self) -> Iterator[Mapping[str, GuestVolume]]:
@@ -90,14 +93,33 @@ def test_names_numbers_and_attributes(files: FolderFiles) -> None:
 
 
 def test_notices(files: FolderFiles) -> None:
-    volumes = {"1": FolderVolume(files), "2": FolderVolume(None, "LUKS is not supported", "luks")}
+    volumes = {"1": FolderVolume(files), "2": FolderVolume(None, "exFAT is not supported", "exFAT")}
     tree = Tree(Catalogue(volumes))
     note = tree.file(walk(tree, b"1.NOT-REPLAYED.txt"))
     assert note.content == b"the journal was not replayed\n"  # type: ignore[union-attr]
     assert names(tree, b"2") == [b"UNSUPPORTED.txt"]
     said = tree.file(walk(tree, b"2", b"UNSUPPORTED.txt")).content  # type: ignore[union-attr]
-    assert b"LUKS is not supported" in said
+    assert b"exFAT is not supported" in said
     assert b"mount -o ro,loop vda.parts/2.raw /mnt" in said
+
+
+def test_what_can_be_done_by_hand() -> None:
+    """Nothing is advised that can't work: what is encrypted or a part of something has to be opened first."""
+    raw = "vda.parts/2.raw"
+
+    def said(kind: str | None, *others: str) -> str:
+        return how("vda.parts", "2", kind, ["1", *others])
+
+    for kind in (detect.SWAP, detect.JOURNAL, detect.LVM):
+        assert raw not in said(kind)
+    for kind in (detect.LUKS, detect.BITLOCKER, detect.RAID, detect.REFS, detect.SWAP, detect.LVM):
+        assert f"loop {raw}" not in said(kind)
+    assert f"cryptsetup open --readonly {raw} guest\n" in said(detect.LUKS)
+    assert f"--type bitlk {raw} guest\n" in said(detect.BITLOCKER)
+    assert "beside this folder: see vg0-root, vg1-a--b." in said(detect.LVM, "vg0-root", "vg1-a--b")
+    assert "vda.parts/ERROR.txt says why" in said(detect.LVM)
+    assert f"mount -o ro,loop,noload {raw} /mnt\n" in said("ext4")
+    assert f"mount -o ro,loop {raw} /mnt\n" in said(None)
 
 
 def test_a_disk_is_closed_when_nobody_looks(files: FolderFiles) -> None:
