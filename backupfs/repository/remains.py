@@ -282,6 +282,8 @@ def find_table(
     with contextlib.suppress(Corrupt):
         trailer = decode_trailer(read(fd, place, TRAILER_SIZE), length, path)
         return _Table(trailer.table_offset, trailer.rows), trailer
+    if place == HEADER_SIZE and not data_rows:  # nothing had changed
+        return _Table(HEADER_SIZE, 0), None
     # Where a row with a right check, or two of the same address, make the lengths fit.
     for offset in range(place // ALIGNMENT * ALIGNMENT, HEADER_SIZE - 1, -ALIGNMENT):
         rest = place - offset

@@ -316,7 +316,7 @@ class Keeping(RuleBasedStateMachine):
             spoil(layer.data.path, int(at), int(size))
         elif what == "header":
             spoil(layer.path, self.random.randrange(HEADER_SIZE), 1)
-        elif what == "trailer" and trailer.rows:  # where a table without rows was nothing tells
+        elif what == "trailer":
             spoil(layer.path, layer.length - 1 - self.random.randrange(TRAILER_SIZE), 1)
         elif trailer.rows and (entry.kind == "delta" or entry.raw):  # where its rows are elsewhere
             row = self.random.randrange(trailer.rows)

@@ -79,6 +79,22 @@ def test_flipped_bits(repository: Repository, built: tuple[Path, list[bytes]], s
     check_all(repository, built[1])
 
 
+@pytest.mark.parametrize("place", [HEADER_SIZE, HEADER_SIZE + 20, -1])
+def test_the_trailer_of_a_layer_without_rows(tmp_path: Path, place: int) -> None:
+    """Of a point that had nothing new."""
+    Repository.init(str(tmp_path / "repo"), chunk_size=CHUNK)
+    disk = random.Random(4).randbytes(SIZE)
+    with Repository.open(str(tmp_path / "repo")) as repository:
+        add_point(repository, disk)
+        add_point(repository, disk, [])
+        path = layer(repository, 1)
+        whole = path.read_bytes()
+        flip(path, place % len(whole))
+        assert all(d.repaired for d in repaired(repository))
+        assert path.read_bytes() == whole
+        check_all(repository, [disk, disk])
+
+
 def test_all_at_once(repository: Repository, built: tuple[Path, list[bytes]]) -> None:
     """Header, a row, fences and trailer of all layers; and, behind that, a chunk that another layer has too."""
     whole = {}
