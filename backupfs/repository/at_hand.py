@@ -12,10 +12,11 @@ from backupfs.repository.payloads import Payloads
 from backupfs.units import KiB
 
 ZEROES = memoryview(bytes(MAX_CHUNK))
-_LARGEST = 128 * KiB  # that is read and checked while others wait: 25 us
+LARGEST = 128 * KiB
+"""Of chunks that are read and checked while others wait: 20 us."""
+_OFTEN = 3
 
-# (the chain's number, seq, offset, xxh3) -> a decoded and checked chunk
-ChunkCache = LruCache[tuple[int, int, int, int], bytes | bytearray]
+ChunkCache = LruCache[tuple[int, int, int, int], bytes]  # (the chain's number, seq, offset, xxh3) -> a decoded chunk
 OpenLayers = LruCache[tuple[int, int], Payloads]  # (the chain's number, seq) -> what is in the layer
 
 
@@ -23,47 +24,71 @@ class AtHand(Protocol):
     """A chunk at hand."""
 
     def read(self, offset: int, into: list[memoryview]) -> bool:
-        """See above; a range that ends behind the chunk is not read. Returns whether it did."""
+        """See above; a range that ends behind the chunk is not read. Returns whether it did.
+
+        If it did not the memory may hold anything.
+        """
 
 
-class Cached:
-    """A chunk that is in the cache; or, if it is stored as it is, comes there out of the kernel's memory.
+class Decoded:
+    """A compressed chunk, as long as it is in the cache."""
 
-    Args:
-        key: in the cache.
-        first, end: where it begins and ends on the disk.
-        opened: where its layer may be, if it is stored as it is.
-    """
+    __slots__ = ("_cache", "_end", "_first", "_key")
 
-    __slots__ = ("_cache", "_end", "_first", "_key", "_opened")
-
-    def __init__(
-        self, cache: ChunkCache, key: tuple[int, int, int, int], first: int, end: int, opened: OpenLayers | None
-    ) -> None:
+    def __init__(self, cache: ChunkCache, key: tuple[int, int, int, int], first: int, end: int) -> None:
         self._cache = cache
         self._key = key
         self._first, self._end = first, end
-        self._opened = opened
 
     def read(self, offset: int, into: list[memoryview]) -> bool:
-        chunk, target = self._cache.get(self._key) or self._bring(), into[0]
+        chunk, target = self._cache.get(self._key) or self._fetch(), into[0]
         end = offset + len(target)
         if chunk is None or end > self._end:
             return False
         target[:] = memoryview(chunk)[offset - self._first : end - self._first]
         return True
 
-    def _bring(self) -> bytearray | None:
-        if self._opened is None:
-            return None
+    def _fetch(self) -> bytes | memoryview | None:
+        return None
+
+
+class Stored(Decoded):
+    """A chunk that is stored as it is: all of it is read from its layer, if that is open, and checked.
+
+    Mostly it is kept by the kernel alone. One that is asked for again and again is put into the cache; not at once,
+    as new memory costs as much as reading it several times.
+
+    Args:
+        opened: where its layer may be.
+        memory: as long as a chunk, one for all.
+    """
+
+    __slots__ = ("_memory", "_opened", "_times")
+
+    def __init__(
+        self,
+        cache: ChunkCache,
+        key: tuple[int, int, int, int],
+        first: int,
+        end: int,
+        *,
+        opened: OpenLayers,
+        memory: list[memoryview],
+    ) -> None:
+        super().__init__(cache, key, first, end)
+        self._opened, self._memory = opened, memory
+        self._times = 0
+
+    def _fetch(self) -> bytes | memoryview | None:
         chain_no, seq, at, xxh3 = self._key
         payloads = self._opened.get((chain_no, seq))
-        if payloads is None or payloads.chunk_size > _LARGEST:
+        if payloads is None or not payloads.read_in_memory(at, xxh3, self._memory):
             return None
-        chunk = payloads.chunk_in_memory(at, xxh3)
-        if chunk is not None:
-            self._cache.put(self._key, chunk, len(chunk))
-        return chunk
+        self._times += 1
+        if self._times == _OFTEN:
+            self._times = 0
+            self._cache.put(self._key, bytes(self._memory[0]), len(self._memory[0]))
+        return self._memory[0]
 
 
 class Zero:

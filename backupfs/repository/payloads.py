@@ -29,21 +29,24 @@ class Payloads:
     def __init__(self, layer: Layer, chunk_size: int) -> None:
         self.layer = layer
         self.chunk_size = chunk_size
+        self._fd = layer.data.fd
         self.whole = chunk_size | codec.NONE << CODEC_SHIFT
         self._reads_ahead = True
 
-    def chunk_in_memory(self, offset: int, xxh3: int) -> bytearray | None:
-        """Return a chunk that is stored as it is if the kernel has all of it in memory, and it is right; else None.
+    def read_in_memory(self, offset: int, xxh3: int, into: list[memoryview]) -> bool:
+        """Fill `into`, one buffer, with a chunk that is stored as it is if the kernel has all of it in memory.
 
         Does not wait for the disk, but the kernel may begin to read it. Source: preadv2(2), RWF_NOWAIT.
+
+        Returns:
+            Whether it did, and the chunk is right; else the buffer holds anything.
         """
         self._read_nothing_ahead()
-        chunk = bytearray(self.chunk_size)
         try:
-            got = os.preadv(self.layer.data.fd, [chunk], offset, os.RWF_NOWAIT)
+            got = os.preadv(self._fd, into, offset, os.RWF_NOWAIT)
         except OSError:  # EAGAIN; EOPNOTSUPP of file systems that can't tell
-            return None
-        return chunk if got == len(chunk) and xxhash.xxh3_64_intdigest(chunk) == xxh3 else None
+            return False
+        return got == self.chunk_size and xxhash.xxh3_64_intdigest(into[0]) == xxh3
 
     def chunk(self, offset: int, xxh3: int, packed: int) -> bytes:
         """Return one decoded and checked chunk.

@@ -1,7 +1,7 @@
 """PointImage: one disk at one point, put together on the fly from the layers of its chain. From any thread.
 
-A read costs, per chunk: one look-up of the chunk's position (chunkmap.py), and, when it is not in the cache, one pread
-of all of it, with decoding and the xxh3 check (payloads.py). No step depends on the length of the chain.
+A read costs, per chunk: one look-up of the chunk's position (chunkmap.py), and one pread of all of it, with decoding
+and the xxh3 check (payloads.py), unless it is in the cache. No step depends on the length of the chain.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from backupfs.errors import Corrupt, RepositoryError
 from backupfs.extents import Extent, clip, coalesce
 from backupfs.image import Buffer, check_range
 from backupfs.repository import codec, names
-from backupfs.repository.at_hand import ZEROES, AtHand, Cached, ChunkCache, OpenLayers, Zero
+from backupfs.repository.at_hand import LARGEST, ZEROES, AtHand, ChunkCache, Decoded, OpenLayers, Stored, Zero
 from backupfs.repository.cache import LruCache
 from backupfs.repository.chunkmap import PLACE, ChunkMap, RegionCache
 from backupfs.repository.format import (
@@ -76,6 +76,7 @@ class LayerStore:
         # (the image's number << _IMAGE_SHIFT) + the chunk's. Of the one thread that calls `at_once` of all images.
         self.at_hand: dict[int, AtHand] = {}
         self.image_numbers = itertools.count()
+        self.one_chunk = [memoryview(bytearray(chunk_size))]  # of the same thread
         self.scratch = Scratch()
         self._repository_id = repository_id
         # A quarter of the descriptors that the process may have; the mount raises its limit first.
@@ -178,9 +179,13 @@ class PointImage:
         found: AtHand
         if not packed:
             found = Zero(end)
+        elif packed >> CODEC_SHIFT != codec.NONE:
+            found = Decoded(store.chunks, (chain_no, seq, at, xxh3), first, end)
+        elif self._chunk_size > LARGEST:
+            return None
         else:
-            opened = store.opened if packed >> CODEC_SHIFT == codec.NONE else None
-            found = Cached(store.chunks, (chain_no, seq, at, xxh3), first, end, opened)
+            key, memory = (chain_no, seq, at, xxh3), store.one_chunk
+            found = Stored(store.chunks, key, first, end, opened=store.opened, memory=memory)
         if len(self._at_hand) >= _MOST_AT_HAND:
             self._at_hand.clear()
         self._at_hand[self._first_key + chunk_no] = found
@@ -272,8 +277,10 @@ class PointImage:
             pieces.append(run.read(memory))
         return pieces
 
-    def _chunk(self, payloads: Payloads, seq: int, at: int, xxh3: int, packed: int) -> bytes | bytearray:
-        """Return a decoded chunk."""
+    def _chunk(self, payloads: Payloads, seq: int, at: int, xxh3: int, packed: int) -> bytes:
+        """Return a decoded chunk. What is stored as it is the kernel keeps."""
+        if packed == payloads.whole:
+            return payloads.chunk(at, xxh3, packed)
         key = (self._chain.no, seq, at, xxh3)
         held = self._store.chunks.get(key)
         if held is None:
