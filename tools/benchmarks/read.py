@@ -1,8 +1,8 @@
 """`tools/bench read`: reads of points with so many deltas, against the peers that show as many qcow2 overlays.
 
 Everybody shows the same bytes, and has processes of its own for each disk. Warm: the files behind are in the page
-cache, and everybody has read the disk once. Cold: new processes that have opened the disk, and nothing is in the page
-cache. Each round measures everybody once, in turn.
+cache, and everybody has read the disk once, and where it is read at random, at random for some seconds, too. Cold: new
+processes that have opened the disk, and nothing is in the page cache. Each round measures everybody once, in turn.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from benchmarks.contenders import (
     opened,
 )
 from benchmarks.disks import warm
-from benchmarks.fio import read_in_order
+from benchmarks.fio import read_in_order, read_randomly
 from benchmarks.grid import Cell, Line, tabulate
 from benchmarks.read_data import DISK, SPARSE, Data, find_sizes
 from benchmarks.report import Report, Row
@@ -48,7 +48,7 @@ from benchmarks.workplace import Failed, Workplace
 _DEPTHS = (0, 1, 30, 100, 365, 1000)
 _QUICK_DEPTHS = (0, 1, 30, 100)
 _DEEP = 30  # deltas, where only one depth is measured
-_WARM_S = 8.0  # a disk is read once before, or as far as it goes in this time
+_WARM_S = 8.0  # a disk is read once before, or as far as it goes in this time; and so long at random
 _IDLE_SHARE = 0.1  # of a processor: less is idle
 
 
@@ -99,7 +99,7 @@ class _Benchmark:
         self, place: Workplace, report: Report, arguments: argparse.Namespace, depths: tuple[int, ...]
     ) -> None:
         self._place, self._report = place, report
-        self._rounds, self._depths = arguments.rounds, depths
+        self._rounds, self._depths, self._quick = arguments.rounds, depths, arguments.quick
         self._seconds = arguments.seconds or (0.3 if arguments.quick else 1)
         self._deep = min(_DEEP, max(depths))
         sizes = find_sizes(arguments, depths, self._deep)
@@ -134,7 +134,7 @@ class _Benchmark:
                 if (took := time.monotonic() - started) > 3:
                     self._report.note(f"{who} with {depth} deltas took {took:.0f} s to start")
             if chain_name == DISK:
-                self._warm(chain, list(contenders.values()))
+                self._warm(chain, list(contenders.values()), randomly=workloads[0].everywhere and not self._quick)
             if chain_name == SPARSE:
                 contenders = self._same_walks(contenders)
             for workload in workloads:
@@ -148,12 +148,14 @@ class _Benchmark:
         deep = [(w, self._deep) for w in (*OURS, *PEERS) if self._deep in self._depths and w not in workload.without]
         return sorted({*ours_and_qemu, *few, *deep}, key=lambda key: (key[1], (*OURS, *PEERS).index(key[0])))
 
-    def _warm(self, chain: Chain, contenders: Sequence[Contender]) -> None:
+    def _warm(self, chain: Chain, contenders: Sequence[Contender], *, randomly: bool) -> None:
         started = time.monotonic()
         warm(*(p for p in chain.folder.rglob("*") if p.is_file() and p.parent != chain.folder))
         _compare(contenders)
         for contender in contenders:
             read_in_order(contender.path, _WARM_S, direct=False, keep=False)
+            if randomly:
+                read_randomly(contender.path, 4, _WARM_S, direct=True)
         _wait_until_idle(contenders, 1)
         self._report.say(f"warmed in {time.monotonic() - started:.0f} s")
 
