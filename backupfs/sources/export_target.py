@@ -127,8 +127,8 @@ class NbdTarget(NbdSource):
         try:
             yield
         except BaseException:
-            with contextlib.suppress(SourceError):
-                self._flushed, self._flushing = deque(), False  # whatever was broken off where
+            with contextlib.suppress(Exception):  # whatever was broken off where, that it was is what counts
+                self._flushed, self._flushing = deque(), False
                 self._begin_flush()
                 self._end_flush()
             raise

@@ -77,7 +77,7 @@ def test_broken_off_and_again(
         if process.returncode == 0:
             target.unlink()
             continue
-        assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
+        assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL), said
         if number == signal.SIGINT:
             assert b"goes on from there" in said
         broken += 1
