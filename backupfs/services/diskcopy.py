@@ -96,13 +96,14 @@ class DiskCopy:
     def _write(self, end: int, part: Future[list[Piece]]) -> None:
         done = self._done
         for offset, length, data in part.result():
+            # Counted before: who is interrupted in it must not say that nothing was written.
             if data is None:
-                self._target.zero(offset, length)
                 done.zeroed += length
+                self._target.zero(offset, length)
             else:
-                self._target.write(offset, data)
                 done.read += length
                 done.written += length
+                self._target.write(offset, data)
         self._progress(done.disk, end, self._image.size, done.read)
 
     def _copied(self) -> Iterator[tuple[Extent, Callable[[Extent], list[Piece]]]]:

@@ -141,7 +141,7 @@ def test_an_interrupted_restore_in_place_says_what_is_left(
             time.sleep(0.001)
         process.terminate()
         _, said = process.communicate(timeout=60)
-        assert process.returncode == 130
+        assert process.returncode == 130, said
         assert f"interrupted; {where} is a mixture".encode() in said
         assert (b"the same command makes" if options else b"the same command with --differential") in said
         assert b"half published" not in said
