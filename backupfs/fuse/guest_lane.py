@@ -8,6 +8,7 @@ import contextlib
 import errno
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -81,6 +82,34 @@ class _Ask:
     size: int
 
 
+class Opens:
+    """How often guests' files are open, or being opened. From any thread.
+
+    The reader thread must not give the kernel the content of a file that somebody may be reading: that waits for the
+    READ to be answered, by the reader thread. Without a handle there is no READ.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[int, int] = {}
+
+    def more(self, inode: int) -> None:
+        """Count an OPEN."""
+        with self._lock:
+            self._counts[inode] = self._counts.get(inode, 0) + 1
+
+    def less(self, inode: int) -> None:
+        """Count a RELEASE, or an OPEN that came to nothing."""
+        with self._lock:
+            count = self._counts.pop(inode, 0)
+            if count > 1:
+                self._counts[inode] = count - 1
+
+    def only_one(self, inode: int) -> bool:
+        """Whether there is no more than one."""
+        return self._counts.get(inode) == 1
+
+
 class GuestLane:
     """Answers.
 
@@ -88,6 +117,7 @@ class GuestLane:
         guests: knows the files.
         files: gets each small file that is open, by its handle.
         write: gives the kernel an answer: its unique number and parts. Returns whether it was taken.
+        store: gives the kernel a file's content for its cache, by its inode. Waits for READs of the same file.
         pass_on: gives a request to pyfuse3.
     """
 
@@ -96,15 +126,18 @@ class GuestLane:
         guests: Guests,
         files: dict[int, File],
         write: Callable[[int, list[bytes]], bool],
+        store: Callable[[int, bytes], None],
         pass_on: Callable[[bytes], None],
     ) -> None:
         self._guests = guests
         self._files = files
         self._write = write
+        self._store = store
         self._pass_on = pass_on
         self._handles = itertools.count(_FIRST_HANDLE)
         self._openers: Workers[_Volume, _Open | _Ask] = Workers(self._do, "lane-opener")
         self._known: dict[int, Xattrs] = {}
+        self._opens = Opens()
 
     @property
     def busy(self) -> bool:
@@ -123,10 +156,12 @@ class GuestLane:
             return self._take_xattr(opcode, unique, request)
         if opcode == kernel.OPEN:
             return self._take_open(unique, request)
-        if opcode == kernel.RELEASE and handle >= _FIRST_HANDLE:
-            self._files.pop(handle, None)
-            self._answer(unique, 0)
-            return True
+        if opcode == kernel.RELEASE:
+            self._opens.less(kernel.INODE.unpack_from(request)[0])
+            if handle >= _FIRST_HANDLE:
+                self._files.pop(handle, None)
+                self._answer(unique, 0)
+                return True
         return False
 
     def _take_xattr(self, opcode: int, unique: int, request: memoryview) -> bool:
@@ -161,6 +196,7 @@ class GuestLane:
         volume = self._guests.volume_number(inode)
         if volume is None or flags & os.O_ACCMODE != os.O_RDONLY:
             return False
+        self._opens.more(inode)
         content, read_on = self._guests.small_at_hand(inode)
         if content is not None:
             self._opened(unique, inode, content)
@@ -214,7 +250,11 @@ class GuestLane:
             self._answer(job.unique, errno.EIO)
 
     def _opened(self, unique: int, inode: int, content: bytes) -> None:
+        """Answer an OPEN. Before that the kernel gets the content, unless somebody may be READing it."""
+        if content and self._opens.only_one(inode):
+            self._store(inode, content)
         handle, answer = next(self._handles), kernel.OPEN_ANSWER
         self._files[handle] = File(inode, AtHand(content))
         if not self._write(unique, [answer.pack(answer.size, 0, unique, handle, kernel.FOPEN_KEEP_CACHE, 0)]):
             self._files.pop(handle, None)  # nobody will release it
+            self._opens.less(inode)

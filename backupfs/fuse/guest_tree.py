@@ -52,9 +52,6 @@ class GuestTree:
         inodes: gives the numbers.
         find: returns what a DiskFiles stands for, and its point's time. Raises NotFound if it is gone, or another now.
         modes: of folders and files of our own.
-
-    Attributes:
-        store: gives the kernel the content of a file, by its number, before somebody asks for it.
     """
 
     def __init__(
@@ -67,7 +64,6 @@ class GuestTree:
         self._inodes = inodes
         self._find = find
         self._folder_mode, self._file_mode = modes
-        self.store: Callable[[int, bytes], None] = lambda _inode, _content: None
 
     def lookup(self, folder: GuestNode, name: bytes) -> Attributes:
         """Return the attributes of `name` in a folder. Raises NotFound, BackupfsError."""
@@ -151,19 +147,12 @@ class GuestTree:
     def small_content(self, node: GuestFile) -> bytes | None:
         """Return a file's content; None: it is too large for that, or sparse. Raises BackupfsError."""
         with self.disks.volume(node.volume) as volume:
-            content, beside = volume.small(node.inode)
-        self._store(node.volume, beside)
-        return content
+            return volume.small(node.inode)
 
     def read_on(self, node: GuestFile) -> None:
         """Read the small files behind one that was at hand."""
         with self.disks.volume(node.volume) as volume:
-            found = volume.ahead.read_on(node.inode)
-        self._store(node.volume, found)
-
-    def _store(self, volume: VolumeFolder, contents: Mapping[int, bytes]) -> None:
-        for inode, content in contents.items():
-            self.store(self._inodes.number(GuestFile(volume, inode)), content)
+            volume.ahead.read_on(node.inode)
 
     def small_at_hand(self, node: GuestFile) -> tuple[bytes | None, bool]:
         """Return the same if it was read already, and whether it is time to `read_on`. Does not block."""

@@ -116,15 +116,15 @@ class Volume:
                 raise Unsound(f"inode {inode}: {len(content)} bytes instead of {expected} at {offset}")
         return content
 
-    def small(self, inode: int) -> tuple[bytes | None, Mapping[int, bytes]]:
-        """Return a small file's content, None: it is not small; and what was read beside it. Raises BackupfsError."""
+    def small(self, inode: int) -> bytes | None:
+        """Return a small file's content, None: it is not small. Raises BackupfsError."""
         found = self.stat(inode)
         if not is_small(found):
-            return None, {}
-        content, beside = self.ahead.take(inode), dict[int, bytes]()
+            return None
+        content = self.ahead.take(inode)
         if content is None:
-            content, beside = self.ahead.read(inode)
-        return self.read(inode, 0, found.size) if content is None else content, beside
+            content = self.ahead.read(inode)
+        return self.read(inode, 0, found.size) if content is None else content
 
     def runs(self, inode: int) -> Sequence[Run] | None:
         """Return where a file's content lies on the volume; None: not there as it is. Raises BackupfsError."""

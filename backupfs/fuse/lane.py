@@ -38,6 +38,7 @@ from backupfs.fuse.amend import Amender
 from backupfs.fuse.guest_lane import GuestLane, Guests
 from backupfs.fuse.kernel import ANSWER, ANSWER_SIZE, LSEEK_ANSWER, REQUEST, WRITE_ANSWER
 from backupfs.fuse.passthrough import Passthrough
+from backupfs.fuse.polling import AdaptivePolling
 from backupfs.fuse.workers import File, Held, Job, Workers
 from backupfs.image import Buffer
 
@@ -47,7 +48,7 @@ _SECTOR = 512  # READs of other sizes are rare
 _LARGEST_LISTING = 128 << 10  # bytes of a READDIR's answer: it has to fit into a message
 _MESSAGES = 4 << 20  # bytes that the pair holds, if that is allowed
 _GONE = (errno.ENOENT, errno.ENODEV)  # nobody waits for the answer any more; unmounted
-_NOT_A_REQUEST = (errno.ENOENT, errno.EINTR, errno.EAGAIN)  # interrupted before it was read
+_NOT_A_REQUEST = (errno.ENOENT, errno.EINTR)  # interrupted before it was read
 
 
 class Others(Guests, Protocol):
@@ -124,7 +125,7 @@ class Lane:
             on_end: called on the trio thread when the mount is gone, maybe several times, but not after `finish`.
         """
         self._others = others
-        self._guests = GuestLane(others, self._files, self._give, self._pass_on)
+        self._guests = GuestLane(others, self._files, self._give, self._store, self._pass_on)
         self._amender = Amender(self.passthrough, self._backing_of, others.is_constant)
         self._token = trio.lowlevel.current_trio_token()
         self._on_answering, self._on_end = on_answering, on_end
@@ -152,13 +153,6 @@ class Lane:
         notice = kernel.INVALIDATE_INODE.pack(size, kernel.NOTIFY_INVAL_INODE, 0, inode, 0, 0)
         with contextlib.suppress(OSError):  # ENOENT: the kernel does not know the inode any more
             os.write(self._device, notice)
-
-    def store(self, inode: int, content: bytes) -> None:
-        """Give the kernel a file for its cache. Never in the reader thread: it waits for READs of the same file."""
-        size = kernel.STORE.size + len(content)
-        notice = kernel.STORE.pack(size, kernel.NOTIFY_STORE, 0, inode, 0, len(content))
-        with contextlib.suppress(OSError):  # ENOENT: the kernel does not know the inode any more
-            os.writev(self._device, [notice, content])
 
     # Answers. Each request gets one of them.
 
@@ -193,6 +187,13 @@ class Lane:
             return False
         return True
 
+    def _store(self, inode: int, content: bytes) -> None:
+        """Give the kernel a file for its cache. Waits for READs of the same file."""
+        size = kernel.STORE.size + len(content)
+        notice = kernel.STORE.pack(size, kernel.NOTIFY_STORE, 0, inode, 0, len(content))
+        with contextlib.suppress(OSError):  # ENOENT: the kernel does not know the inode any more
+            os.writev(self._device, [notice, content])
+
     def _not_taken(self, unique: int, error: OSError) -> OSError | None:
         """Make sure that a request is answered whose answer failed. Returns the error if it is one."""
         if error.errno in _GONE:
@@ -208,17 +209,16 @@ class Lane:
         """Read requests until the mount ends."""
         request = bytearray(kernel.REQUEST_BUFFER)
         buffers, view = [request], memoryview(request)
-        readv, unpack, device = os.readv, REQUEST.unpack_from, self._device
+        receive, unpack = self._receive, REQUEST.unpack_from
+        os.set_blocking(self._device, False)
+        requests = AdaptivePolling(self._device)
         while not self._ending:
-            try:
-                length = readv(device, buffers)
-            except OSError as e:
-                if e.errno in _NOT_A_REQUEST:
-                    continue
-                if e.errno != errno.ENODEV:
-                    log.error("%s: %s", kernel.DEVICE, e)
+            length = receive(buffers, requests)
+            if length is None:
                 self._tell(lambda: None if self._ending else self._on_end())
                 return
+            if not length:
+                continue
             opcode, unique, handle, offset, size = unpack(request)
             try:
                 if opcode == kernel.READ:
@@ -239,6 +239,19 @@ class Lane:
                 if not self._ending:
                     log.error("request %d of type %d failed: %r", unique, opcode, e)
                 self.refuse(unique, errno.ENOTCONN if self._ending else errno.EIO)
+
+    def _receive(self, buffers: list[bytearray], requests: AdaptivePolling) -> int | None:
+        """Read a request; return its length, 0 if there was none, None when the mount is gone."""
+        try:
+            return os.readv(self._device, buffers)
+        except BlockingIOError:
+            requests.wait()
+        except OSError as e:
+            if e.errno not in _NOT_A_REQUEST:
+                if e.errno != errno.ENODEV:
+                    log.error("%s: %s", kernel.DEVICE, e)
+                return None
+        return 0
 
     def _amend(self, opcode: int, unique: int, request: bytearray, size: int) -> None:
         if opcode in (kernel.READDIR, kernel.READDIRPLUS):

@@ -93,8 +93,6 @@ class Operations(pyfuse3.Operations):
     ) -> None:
         super().__init__()
         self.complaints = Complaints()
-        if lane:
-            tree.guests.store = lane.store
         self.images = OpenImages(
             background,
             tree.describe,

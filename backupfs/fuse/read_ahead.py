@@ -103,23 +103,23 @@ class ReadAhead:
         place = places[0] if folder.order is folder.orders[0] else places[1]
         return folder.end - _EARLY <= place < folder.end
 
-    def read_on(self, inode: int) -> dict[int, bytes]:
-        """Read on behind a file that was taken; return what was read."""
+    def read_on(self, inode: int) -> None:
+        """Read on behind a file that was taken."""
         with self._lock:
             folder, _ = self._places.get(inode) or (None, [])
             if folder is None or folder.reading:
-                return {}
+                return
             folder.reading, batch = True, folder.next(_BATCH)
         try:
-            return self._read(batch)
+            self._read(batch)
         finally:
             folder.reading = False
 
-    def read(self, inode: int) -> tuple[bytes | None, dict[int, bytes]]:
-        """Read a file and, if it comes behind the last one, some more.
+    def read(self, inode: int) -> bytes | None:
+        """Read a file, and some more, if it comes behind the last one.
 
         Returns:
-            The file's content, None if it is to be read by itself; and that of others.
+            Its content; None: it is to be read by itself.
         """
         with self._lock:
             folder, places = self._places.get(inode) or (None, [])
@@ -127,15 +127,15 @@ class ReadAhead:
             if folder:
                 folder.before = inode
         if len(batch) < 2:
-            return None, {}
-        found = self._read(batch)
-        return self.take(inode), found
+            return None
+        self._read(batch)
+        return self.take(inode)
 
-    def _read(self, batch: Sequence[tuple[int, int]]) -> dict[int, bytes]:
+    def _read(self, batch: Sequence[tuple[int, int]]) -> None:
         try:
             contents = self._contents([number for number, _ in batch], LARGEST)
         except BackupfsError:
-            return {}  # who asks for one alone is told
+            return  # who asks for one alone is told
         found = {
             number: data
             for (number, size), data in zip(batch, contents, strict=False)
@@ -148,4 +148,3 @@ class ReadAhead:
             for number, data in found.items():
                 self._bytes += len(data) - len(self._ahead.get(number, b""))
                 self._ahead[number] = data
-        return found

@@ -7,12 +7,12 @@ says what goes over it. It has no deadlines: its parent has them, and kills it.
 
 import contextlib
 import ctypes
-import functools
 import os
 import resource
 import socket
 import struct
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,7 +24,7 @@ from backupfs.guest.families import Parser, open_family
 from backupfs.units import KiB, MiB
 
 _LINE = 3
-_BLOCK, _KEPT = 64 * KiB, 256
+_BLOCK, _KEPT, _AHEAD = 64 * KiB, 256, 8
 _TOGETHER_S = 0.5  # that attributes of several inodes may take: far less than the parent's patience
 _MEMORY = 1024 * MiB  # of address space
 _NOBODY = 65534
@@ -43,12 +43,16 @@ _METHODS = ("stat", "read", "extents", "runs", "readlink", "xattrs", "left_out")
 
 
 class _Volume:
-    """The volume, as the parent reads it. Blocks in which little was read are kept: inodes lie side by side."""
+    """The volume, as the parent reads it.
+
+    Blocks in which little was read are kept: inodes lie side by side, and so do small files. Behind a block that is
+    there some more are read at once.
+    """
 
     def __init__(self, line: socket.socket, size: int) -> None:
         self._line = line
         self.size = size
-        self._block = functools.lru_cache(_KEPT)(self._read_block)
+        self._blocks: OrderedDict[int, bytes] = OrderedDict()  # what was wanted last comes last
 
     def readinto(self, offset: int, buffer: Any) -> None:
         view = memoryview(buffer)
@@ -64,8 +68,24 @@ class _Volume:
             piece = view[position : position + messages.LARGEST_READ]
             piece[:] = self._read(offset + position, len(piece))
 
-    def _read_block(self, number: int) -> bytes:
-        return self._read(number * _BLOCK, min(_BLOCK, self.size - number * _BLOCK))
+    def _block(self, number: int) -> bytes:
+        block = self._blocks.get(number)
+        if block is None:
+            if number - 1 in self._blocks:
+                with contextlib.suppress(GuestError):  # the block itself may be all right
+                    return self._read_blocks(number, _AHEAD)
+            return self._read_blocks(number, 1)
+        self._blocks.move_to_end(number)
+        return block
+
+    def _read_blocks(self, number: int, count: int) -> bytes:
+        offset = number * _BLOCK
+        data = self._read(offset, min(count * _BLOCK, self.size - offset))
+        for i in range(0, len(data), _BLOCK):
+            self._blocks[number + i // _BLOCK] = data[i : i + _BLOCK]
+        while len(self._blocks) > _KEPT:
+            self._blocks.popitem(last=False)
+        return data[:_BLOCK]
 
     def _read(self, offset: int, length: int) -> bytes:
         messages.send(self._line, messages.Need(offset, length))

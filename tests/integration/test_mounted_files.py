@@ -5,12 +5,14 @@ import ctypes
 import errno
 import hashlib
 import os
+import pickle
 import random
 import shutil
 import signal
 import stat
 import struct
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -309,6 +311,30 @@ def test_small_files_read_in_any_order_at_once(shown: Mounted, tmp_path: Path) -
             assert found == expected
     Path("/proc/sys/vm/drop_caches").write_text("2")
     assert digests(files, sorted) == expected
+
+
+def test_small_files_opened_and_read_by_many_processes(shown: Mounted, tmp_path: Path) -> None:
+    """The kernel is given contents, for which it waits for READs, while others READ: nobody waits for ever."""
+    disk = small_files(tmp_path)
+    with mounted(disk, tmp_path / "mnt", read_only=True) as root:
+        contents = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    assert len(contents) > 100
+    (tmp_path / "expected").write_bytes(pickle.dumps(contents))
+    shown.add(vda=disk)
+    shown.mount()
+    seconds = "600" if os.environ.get("BACKUPFS_LONG") else "4"
+    command = [sys.executable, Path(__file__).with_name("small_reader.py"), shown.at("vda.files", "0")]
+    readers = [
+        subprocess.Popen([*command, tmp_path / "expected", str(seed), seconds], stderr=subprocess.PIPE)
+        for seed in range(8)
+    ]
+    try:
+        for reader in readers:
+            _, said = reader.communicate(timeout=float(seconds) + 30)
+            assert (reader.returncode, said.decode()) == (0, "")
+    finally:
+        for reader in readers:
+            reader.kill()
 
 
 def test_a_listing_of_which_the_kernel_loses_a_part(shown: Mounted, tmp_path: Path) -> None:

@@ -346,6 +346,7 @@ def ask_open(device: Device, unique: int, inode: int, flags: int = os.O_RDONLY) 
 def test_small_files_are_opened_and_released(device: Device) -> None:
     for unique, (inode, content) in enumerate([(GUEST + 1, b"content of 1001"), (GUEST + 7, b"at hand")], 1):
         ask_open(device, unique, inode)
+        assert stored(device) == (inode, content)
         answered, code, opened = device.answered()
         assert (answered, code) == (unique, 0)
         handle, flags = struct.unpack_from("=QI", opened)
@@ -359,6 +360,39 @@ def test_small_files_are_opened_and_released(device: Device) -> None:
         device.ask(kernel.RELEASE, 13, handle)
         assert device.answered() == (13, 0, b"")
     wait_until(lambda: device.read_on_behind == [GUEST + 7])
+
+
+def stored(device: Device) -> tuple[int, bytes]:
+    """Return what the kernel is given for its cache: the inode, and its content from its begin on."""
+    message = device.kernel.recv(1 << 21)
+    length, code, unique, inode, offset, size = kernel.STORE.unpack_from(message)
+    assert (length, code, unique, offset) == (len(message), kernel.NOTIFY_STORE, 0, 0)
+    content = message[kernel.STORE.size :]
+    assert len(content) == size
+    return inode, content
+
+
+@pytest.mark.parametrize("inode", [GUEST + 7, GUEST + 8], ids=["at hand", "read"])
+def test_what_somebody_may_be_reading_is_not_given_to_the_kernel(device: Device, inode: int) -> None:
+    def opened(unique: int) -> None:
+        ask_open(device, unique, inode)
+        assert device.answered()[:2] == (unique, 0)
+
+    def release(unique: int) -> None:
+        ask(device, kernel.RELEASE, unique, kernel.INODE.pack(inode))
+        device.pyfuse3.recv(1 << 16)  # this handle is none of ours
+
+    ask_open(device, 1, inode)
+    assert stored(device)[0] == inode
+    assert device.answered()[:2] == (1, 0)
+    opened(2)
+    release(3)
+    opened(4)
+    release(5)
+    release(6)
+    ask_open(device, 7, inode)
+    assert stored(device)[0] == inode
+    assert device.answered()[:2] == (7, 0)
 
 
 def test_what_is_not_small_or_no_guests_is_opened_by_pyfuse3(device: Device) -> None:
