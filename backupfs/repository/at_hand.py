@@ -1,9 +1,10 @@
 """Chunks of a point that can be read without looking anything up: each knows where its bytes are.
 
 `read` fills `into`, a list of one memoryview, with the disk's bytes from `offset` on, if it can without waiting for a
-disk. It is the way of most reads: each call less is a percent. From one thread at a time.
+disk. It is the way of most reads: each call less is a percent. From any thread.
 """
 
+import threading
 from typing import Protocol
 
 from backupfs.repository.cache import LruCache
@@ -18,6 +19,13 @@ _OFTEN = 3
 
 ChunkCache = LruCache[tuple[int, int, int, int], bytes]  # (the chain's number, seq, offset, xxh3) -> a decoded chunk
 OpenLayers = LruCache[tuple[int, int], Payloads]  # (the chain's number, seq) -> what is in the layer
+
+
+class OneChunk(threading.local):
+    """Memory for a chunk, another for each thread."""
+
+    def __init__(self, size: int) -> None:
+        self.into = [memoryview(bytearray(size))]
 
 
 class AtHand(Protocol):
@@ -60,7 +68,7 @@ class Stored(Decoded):
 
     Args:
         opened: where its layer may be.
-        memory: as long as a chunk, one for all.
+        memory: to read it into, one for all.
     """
 
     __slots__ = ("_memory", "_opened", "_times")
@@ -73,7 +81,7 @@ class Stored(Decoded):
         end: int,
         *,
         opened: OpenLayers,
-        memory: list[memoryview],
+        memory: OneChunk,
     ) -> None:
         super().__init__(cache, key, first, end)
         self._opened, self._memory = opened, memory
@@ -81,14 +89,14 @@ class Stored(Decoded):
 
     def _fetch(self) -> bytes | memoryview | None:
         chain_no, seq, at, xxh3 = self._key
-        payloads = self._opened.get((chain_no, seq))
-        if payloads is None or not payloads.read_in_memory(at, xxh3, self._memory):
+        payloads, into = self._opened.get((chain_no, seq)), self._memory.into
+        if payloads is None or not payloads.read_in_memory(at, xxh3, into):
             return None
         self._times += 1
         if self._times == _OFTEN:
             self._times = 0
-            self._cache.put(self._key, bytes(self._memory[0]), len(self._memory[0]))
-        return self._memory[0]
+            self._cache.put(self._key, bytes(into[0]), len(into[0]))
+        return into[0]
 
 
 class Zero:

@@ -17,7 +17,7 @@ from backupfs.errors import Corrupt, RepositoryError
 from backupfs.extents import Extent, clip, coalesce
 from backupfs.image import Buffer, check_range
 from backupfs.repository import codec, names
-from backupfs.repository.at_hand import LARGEST, ZEROES, AtHand, ChunkCache, Decoded, OpenLayers, Stored, Zero
+from backupfs.repository.at_hand import LARGEST, ZEROES, AtHand, ChunkCache, Decoded, OneChunk, OpenLayers, Stored, Zero
 from backupfs.repository.cache import LruCache
 from backupfs.repository.chunkmap import PLACE, ChunkMap, RegionCache
 from backupfs.repository.format import (
@@ -73,10 +73,10 @@ class LayerStore:
         self.chunk_size = chunk_size
         self.regions: RegionCache = LruCache(_REGION_CACHE)
         self.chunks: ChunkCache = LruCache(chunk_cache)
-        # (the image's number << _IMAGE_SHIFT) + the chunk's. Of the one thread that calls `at_once` of all images.
+        # (the image's number << _IMAGE_SHIFT) + the chunk's.
         self.at_hand: dict[int, AtHand] = {}
         self.image_numbers = itertools.count()
-        self.one_chunk = [memoryview(bytearray(chunk_size))]  # of the same thread
+        self.one_chunk = OneChunk(chunk_size)
         self.scratch = Scratch()
         self._repository_id = repository_id
         # A quarter of the descriptors that the process may have; the mount raises its limit first.

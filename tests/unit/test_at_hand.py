@@ -1,7 +1,9 @@
 """What is read without looking anything up: right bytes or none, whatever happened since it was looked up."""
 
 import random
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -150,3 +152,29 @@ def damage(tmp_path: Path, old: bytes) -> None:
     with file.open("r+b", buffering=0) as damaged:
         damaged.seek(file.read_bytes().index(old))
         damaged.write(b"\xff" * len(old))
+
+
+def test_many_threads_read_what_is_at_hand(tmp_path: Path, disk: bytes) -> None:
+    """Each has memory of its own for what it checks, and nothing is kept that would hide it."""
+    Repository.init(str(tmp_path / "repo"), codec_name="none")
+    before = sys.getswitchinterval()
+    with Repository.open(str(tmp_path / "repo"), chunk_cache=1) as repository:
+        image = repository.open_image("web01", add_point(repository, disk).id, "vda")
+        read(image, 0, SIZE)
+
+        def look(seed: int) -> int:
+            rng, found = random.Random(seed), 0
+            for _ in range(3000):
+                offset = rng.randrange(SIZE // 4096) * 4096
+                seen = at_once(image, offset)
+                assert seen in (None, disk[offset : offset + 4096])
+                found += seen is not None
+            return found
+
+        sys.setswitchinterval(1e-6)
+        try:
+            with ThreadPoolExecutor(4) as pool:
+                assert min(pool.map(look, range(4))) > 1000
+        finally:
+            sys.setswitchinterval(before)
+        image.close()
