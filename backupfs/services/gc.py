@@ -6,7 +6,8 @@ First everything is looked at, and nothing is freed if anything is missing or da
 2. Layers that no remaining point stands on are removed.
 3. In the others, holes are punched where no remaining point sees anything.
 4. Layers in which that left too much, since compressed chunks share blocks, are written again (rewrite.py): those that
-   give back most for what has to be written, until what is kept beyond what is seen is SLACK of that.
+   give back most for what has to be written, until all that is kept, headers and tables too, is no more than SLACK
+   beyond what is seen, or little can be won.
 5. The index forgets the layers that went, and learns of those that were written again.
 
 A point remains while its manifest is there or an image of it is open. It may be broken off anywhere: what was freed
@@ -26,7 +27,7 @@ import numpy.typing as npt
 from backupfs.errors import RepositoryError
 from backupfs.repository import catalog, locks, names
 from backupfs.repository.files import fsync_folder, write_new
-from backupfs.repository.format import ALIGNMENT, HEADER_SIZE
+from backupfs.repository.format import ALIGNMENT
 from backupfs.repository.layer import Layer, raw_path
 from backupfs.repository.manifest import DiskEntry
 from backupfs.repository.point import Chain, layer_path
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 # Of what is seen, that may be kept beyond it. Below 5 percent, which gc promises, because a file system needs some
 # blocks to say where the holes are.
 SLACK = 0.04
+_LEAST_GAIN = 0.01  # of what is written again
 _RESERVE = 16 * MiB  # that has to be free beside a layer that is written again: for the index
 
 
@@ -81,7 +83,7 @@ class _ChainPlan:
         stray: raw images without a layer: of a writer, or a gc, that was killed.
         marks: seqs of layers that went before.
         live: by seq, of the layers that stay, which chunks with data are seen: eight a byte; and their number.
-        roots: seqs of those whose points remain; each with the bytes of its payloads, None where no manifest says.
+        roots: seqs of those whose points remain.
     """
 
     chain: Chain
@@ -90,7 +92,7 @@ class _ChainPlan:
     stray: list[str]
     marks: list[int]
     live: dict[int, tuple[npt.NDArray[np.uint8], int]]
-    roots: dict[int, int | None]
+    roots: frozenset[int]
 
     def flags(self, seq: int) -> Flags:
         """Return of each chunk with data of a layer whether it is seen."""
@@ -145,11 +147,11 @@ def _gc(repository: Repository, dry_run: bool, waiting: Callable[[str], None] | 
             for path in plan.stray:
                 _remove(path, report, left, dry_run=dry_run)
             for seq in plan.live:
-                candidate = _look_at(layers, plan, seq, *_punch(layers, plan, seq, report, dry_run=dry_run))
-                beyond += candidate.gain
+                taken, stuck = _punch(layers, plan, seq, report, dry_run=dry_run)
+                beyond += taken
                 if seq not in plan.roots:
-                    worth.append(candidate)
-        _rewrite_some(repository, worth, beyond, report, dry_run=dry_run)
+                    worth.append(_look_at(layers, plan, seq, taken, stuck))
+        _rewrite_some(repository, worth, beyond - report.visible, report, dry_run=dry_run)
         if not dry_run:
             _clean_index(repository, plans)
             _clean_folders(plans)
@@ -207,8 +209,7 @@ def _plan_chain(layers: ChainLayers, roots: dict[int, DiskEntry | None], report:
     raws = {seq for seq, suffix in files if suffix == names.RAW}
     stray = [os.path.join(folder, names.layer_name(seq, names.RAW)) for seq in sorted(raws.difference(present))]
     marks = sorted(seq for seq, suffix in files if suffix == names.GONE)
-    stored_bytes = {seq: entry.stored_bytes if entry else None for seq, entry in roots.items()}
-    return _ChainPlan(layers.chain, folder, present, stray, marks, live, stored_bytes)
+    return _ChainPlan(layers.chain, folder, present, stray, marks, live, frozenset(roots))
 
 
 def _paths(layers: ChainLayers, seq: int) -> list[str]:
@@ -258,13 +259,14 @@ def _remove(path: str, report: GcReport, left: frozenset[int], *, dry_run: bool)
 
 
 def _punch(layers: ChainLayers, plan: _ChainPlan, seq: int, report: GcReport, *, dry_run: bool) -> tuple[int, int]:
-    """Make holes in a layer; return what its payloads' file takes then, and what of it is stuck."""
+    """Make holes in a layer; return what its files take then, and what of that is stuck."""
     live = plan.flags(seq)
     layer = layers.layer(seq)
     path = layer.data.path
     before = allocated(path)
+    beside = allocated(layer.path) if layer.header.plain else 0
     if np.all(live):
-        return before, 0
+        return before + beside, 0
     freed = stuck = 0
     alone = is_alone(path)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -291,7 +293,7 @@ def _punch(layers: ChainLayers, plan: _ChainPlan, seq: int, report: GcReport, *,
         report.freed += freed
         report.stuck += stuck
         report.linked += 0 if alone else stuck
-    return before - freed, stuck
+    return before + beside - freed, stuck
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +301,7 @@ class _Rewrite:
     """A layer that may be written again.
 
     Attributes:
-        taken: bytes that it takes now.
+        taken: bytes that its files take now.
         stuck: of them, those in which no holes can be made.
         gain: of them, that it would not take then. 0: it must not be, or need not.
     """
@@ -316,15 +318,11 @@ def _look_at(layers: ChainLayers, plan: _ChainPlan, seq: int, taken: int, stuck:
     """Say how much a layer takes beyond what is seen of it and what tells where that is."""
     size = taken
     live = plan.flags(seq)
-    if seq not in plan.roots and not np.all(live):
+    if not np.all(live):
         need = needed(layers.layer(seq), live)
         # Holes in what is not compressed leave nothing but rows; and another name keeps the old file.
         if need.compressed and is_alone(layers.path(seq)):
             size = need.size
-    elif (stored_bytes := plan.roots.get(seq)) is not None:  # all of a root's own layer is seen by it
-        layer = layers.layer(seq)
-        size = HEADER_SIZE + stored_bytes + layer.length - layer.trailer().table_offset
-        size += 2 * ALIGNMENT  # it ends with a part of a block, and so do its payloads
     return _Rewrite(layers, plan, seq, taken, stuck, max(taken - size, 0))
 
 
@@ -334,12 +332,12 @@ def _rewrite_some(
     """Write layers again, those that give back most for what is written first, as long as too much is kept.
 
     Args:
-        beyond: bytes that all layers take beyond what is seen.
+        beyond: bytes that all layers take beyond the payload that is seen.
     """
     for found in sorted(worth, key=lambda r: r.gain / max(r.taken - r.gain, 1), reverse=True):
-        if beyond <= SLACK * report.visible or found.gain < ALIGNMENT:
-            return
         size = found.taken - found.gain
+        if beyond <= SLACK * report.visible or found.gain < max(ALIGNMENT, _LEAST_GAIN * size):
+            return
         path = found.layers.path(found.seq)
         if not dry_run:
             room = os.statvfs(repository.path)

@@ -152,13 +152,20 @@ def test_what_is_kept_is_what_is_seen(disk: Disk) -> None:
     assert not list((disk.path / "tmp").iterdir())
 
 
-def test_nothing_is_written_again_for_little(disk: Disk) -> None:
+@pytest.mark.parametrize(
+    ("slack", "least_gain"), [(0.2, 0.0), (0.0, 0.3)], ids=["little is kept beyond", "little can be won"]
+)
+def test_nothing_is_written_again_for_little(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, slack: float, least_gain: float
+) -> None:
     gc(disk.repository)
     before = {seq: layer.header.edition for seq, layer in disk.layers().items()}
-    for chunk in range(1):
-        disk.data[chunk * CHUNK : (chunk + 1) * CHUNK] = bytes(CHUNK)
+    disk.data[:CHUNK] = bytes(CHUNK)
     disk.take()
     disk.delete_all_but(0, 1, -1)
+    assert gc(disk.repository, dry_run=True).rewritten > 0, "few small layers: headers and tables count too"
+    monkeypatch.setattr(collecting, "SLACK", slack)
+    monkeypatch.setattr(collecting, "_LEAST_GAIN", least_gain)
     report = gc(disk.repository)
     assert report.rewritten == 0
     after = {seq: layer.header.edition for seq, layer in disk.layers().items()}
