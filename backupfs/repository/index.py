@@ -20,11 +20,9 @@ once at a time. What is written is complete or absent: one transaction a point.
 """
 
 import contextlib
-import ctypes
-import errno
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import lmdb
@@ -33,34 +31,28 @@ import numpy.typing as npt
 import xxhash
 
 from backupfs.errors import Corrupt, RepositoryError
-from backupfs.repository import codec
 from backupfs.repository.crashmark import CrashMark
 from backupfs.repository.files import open_regular
 from backupfs.repository.format import (
-    CODEC_SHIFT,
     RECORD,
     REGION_CHUNKS,
     LayerId,
     Rows,
     Words,
     checks,
-    mix64,
 )
 from backupfs.repository.layer import Layer
+from backupfs.repository.lmdb_files import READERS, address_of, allocate_lock, unmap
+from backupfs.repository.records import cut, decode_layer, encode_layer, gathered, record_seeds, records_of
 
 LAYOUT = b"4"
 _MAP_SIZE = 1 << 40  # address space, not memory; the file grows as it fills
 _U32 = struct.Struct(">I")
 _PAIR = struct.Struct(">II")
 _SUMMARY = struct.Struct("<QQ")
-_LAYER = struct.Struct(">16sIQQ")
 _MASK64 = (1 << 64) - 1
 _KEYED_RECORD = np.dtype([("chain", ">u4"), ("region", ">u4"), ("record", RECORD)])
 _LOOK_UPS = 128  # of regions, before the pages that they touched are unmapped
-_MADV_DONTNEED = 4  # Source: <sys/mman.h>
-_libc = ctypes.CDLL(None, use_errno=True)
-_READERS = 1024
-_LOCK_FILE = 64 * _READERS + 4096  # bytes, a few more than LMDB needs; it takes the length that is there
 _BATCH = 16 * 1024  # rows that are indexed, or looked at when layers go, at a time
 _REGIONS = 256  # whose records are replaced at a time
 
@@ -81,11 +73,6 @@ class IndexedLayer:
     layer_id: LayerId
     edition: int
     rows: Iterable[Rows]
-
-
-def record_seeds(chain_no: int, regions: Words) -> Words:
-    """Return the address part of the checks of the records in each of these regions of a chain."""
-    return mix64(regions.astype(np.uint64) | np.uint64(chain_no << 32))
 
 
 class Index:
@@ -113,7 +100,7 @@ class Index:
         try:
             self._env = self._open(durable=durable)
             try:
-                self._map_address = _address_of(self._file)
+                self._map_address = address_of(self._file)
                 self._look_ups = 0
                 self._open_databases(repository_id)
             except BaseException:
@@ -127,7 +114,7 @@ class Index:
         try:
             if os.path.exists(self._file) and os.path.getsize(self._file) == 0:
                 raise Corrupt(self._file, 0, "the file is empty")
-            _allocate(os.path.join(self.folder, "lock.mdb"))
+            allocate_lock(os.path.join(self.folder, "lock.mdb"))
             with contextlib.suppress(FileNotFoundError):
                 # LMDB follows links, and calls what it may not open damaged.
                 os.close(open_regular(self._file, os.O_RDWR | os.O_NOFOLLOW))
@@ -135,7 +122,7 @@ class Index:
                 self.folder,
                 map_size=_MAP_SIZE,
                 max_dbs=8,
-                max_readers=_READERS,
+                max_readers=READERS,
                 mode=0o600,
                 readahead=False,
                 meminit=False,
@@ -216,7 +203,7 @@ class Index:
         try:
             with self._env.begin(db=self._layers) as txn:
                 value = txn.get(key)
-            return None if value is None else _decode_layer(key, value)[0]
+            return None if value is None else decode_layer(key, value)[0]
         except (lmdb.Error, struct.error, ValueError) as e:
             raise self._corrupt(e) from e
 
@@ -226,7 +213,7 @@ class Index:
         try:
             with self._env.begin(db=self._layers) as txn:
                 value = txn.get(key)
-            return None if value is None else _decode_layer(key, value)[2]
+            return None if value is None else decode_layer(key, value)[2]
         except (lmdb.Error, struct.error, ValueError) as e:
             raise self._corrupt(e) from e
 
@@ -246,7 +233,7 @@ class Index:
                     chain, seq = _PAIR.unpack(key)
                     if chain != chain_no:
                         break
-                    found[seq] = _decode_layer(key, bytes(cursor.value()))[1]
+                    found[seq] = decode_layer(key, bytes(cursor.value()))[1]
                     going = cursor.next()
         except (lmdb.Error, struct.error, ValueError) as e:
             raise self._corrupt(e) from e
@@ -322,8 +309,7 @@ class Index:
         takes 500 MiB.
         """
         if self._map_address:
-            size = ctypes.c_size_t((self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"])
-            _libc.madvise(ctypes.c_void_p(self._map_address), size, _MADV_DONTNEED)
+            unmap(self._map_address, (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"])
 
     def _check_records(self, chain_no: int, regions: Words, records: Rows, summaries: list[tuple[int, int]]) -> None:
         """Raise Corrupt unless each region has as many records as its summary says, with the right checks."""
@@ -429,11 +415,11 @@ class Index:
         try:
             with self._env.begin(write=True) as txn:  # until it ends nobody else adds records
                 held = txn.get(address, db=self._layers)
-                layer_id, parent, edition = _decode_layer(address, held) if held else (None, 0, header.edition)
+                layer_id, parent, edition = decode_layer(address, held) if held else (None, 0, header.edition)
                 # Asked in here: who renames it comes for a transaction afterwards, so the last file has the last word.
                 if layer_id != header.layer_id or edition == header.edition or not layer.is_current():
                     return
-                txn.put(address, _encode_layer(address, layer_id, parent, header.edition), db=self._layers)
+                txn.put(address, encode_layer(address, layer_id, parent, header.edition), db=self._layers)
                 region = None if header.is_base else self._next_of(chain_no, layer, 0)
                 while region is not None:
                     self._renew_regions(txn, chain_no, layer, region)
@@ -482,11 +468,11 @@ class Index:
         address = _PAIR.pack(chain_no, layer.seq)
         held = txn.get(address, db=self._layers)
         if held is not None:
-            if _decode_layer(address, held)[0] != layer.layer_id:
+            if decode_layer(address, held)[0] != layer.layer_id:
                 raise StaleIndex(f"another layer is indexed as {layer.vm}/{layer.disk}/{layer.chain}/{layer.seq}")
             return
         parent = layer.seq if layer.parent_seq is None else layer.parent_seq
-        txn.put(address, _encode_layer(address, layer.layer_id, parent, layer.edition), db=self._layers)
+        txn.put(address, encode_layer(address, layer.layer_id, parent, layer.edition), db=self._layers)
         for rows in gathered(layer.rows, _BATCH):
             self._put_records(txn, chain_no, *records_of(rows, layer.seq))
 
@@ -507,99 +493,7 @@ class Index:
             txn.put(key, _SUMMARY.pack(count + added, (total + plus) & _MASK64), db=self._regions)
 
 
-def _allocate(path: str) -> None:
-    """Give LMDB's lock file its blocks. LMDB makes it a hole and writes into it through a mapping: on a full file
-    system that would be a SIGBUS.
-
-    Raises:
-        OSError: no space, or it is no file that may be written.
-    """
-    fd = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
-    try:
-        length = os.fstat(fd).st_size or _LOCK_FILE
-        # Not posix_fallocate, which would write where the file system can't do it, beside processes that use the file.
-        if _libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(length)):
-            code = ctypes.get_errno()
-            if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
-                raise OSError(code, os.strerror(code), path)
-    finally:
-        os.close(fd)
-
-
-def _address_of(path: str) -> int:
-    """Return where this process has mapped a file, 0 when that can't be told. Source: proc(5), /proc/PID/maps."""
-    try:
-        inode = str(os.stat(path).st_ino)
-        with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
-            for line in maps:
-                span, _, offset, _, mapped, *_ = line.split()
-                if mapped == inode and int(offset, 16) == 0 and line.rstrip().endswith("data.mdb"):
-                    return int(span.partition("-")[0], 16)
-    except OSError:
-        pass
-    return 0
-
-
-def _encode_layer(key: bytes, layer_id: LayerId, parent_seq: int, edition: int) -> bytes:
-    check = xxhash.xxh3_64_intdigest(key + layer_id + struct.pack(">IQ", parent_seq, edition))
-    return _LAYER.pack(layer_id, parent_seq, edition, check)
-
-
-def _decode_layer(key: bytes, value: bytes) -> tuple[LayerId, int, int]:
-    layer_id, parent_seq, edition, _ = _LAYER.unpack(value)
-    if value != _encode_layer(key, layer_id, parent_seq, edition):
-        raise ValueError("a layer's check does not match")
-    return LayerId(layer_id), parent_seq, edition
-
-
 def _chain_key(vm: str, disk: str, chain: str) -> bytes:
     key = f"{vm}\0{disk}\0{chain}".encode()
     # LMDB's keys hold 511 bytes; names may be longer together.
     return key if len(key) <= 480 else xxhash.xxh3_128_digest(key)
-
-
-def gathered(parts: Iterable[Rows], least: int) -> Iterator[Rows]:
-    """Join parts until there are `least` rows: numpy's calls cost the same for few as for many."""
-    held: list[Rows] = []
-    count = 0
-    for part in parts:
-        held.append(part)
-        count += len(part)
-        if count >= least:
-            yield np.concatenate(held)
-            held, count = [], 0
-    if held:
-        yield np.concatenate(held)
-
-
-def cut(rows: Rows, first: int, end: int) -> Rows:
-    """Return rows that cover chunks in [first, end) with their zero runs cut at these borders."""
-    rows = rows.copy()
-    zero = rows["codec"] == codec.ZERO
-    begin = rows["chunk_no"][zero]
-    stop = np.minimum(begin + rows["length"][zero], np.uint64(end))
-    rows["chunk_no"][zero] = np.maximum(begin, np.uint64(first))
-    rows["length"][zero] = stop - rows["chunk_no"][zero]
-    return rows
-
-
-def records_of(rows: Rows, seq: int) -> tuple[Words, Rows]:
-    """Turn rows of a footer into records, sorted: the region of each, and the records.
-
-    A zero run is cut at the regions' borders.
-    """
-    zero = rows["codec"] == codec.ZERO
-    firsts = rows["chunk_no"].astype(np.int64)
-    ends = firsts + np.where(zero, rows["length"], 1).astype(np.int64)
-    pieces = (ends - 1) // REGION_CHUNKS - firsts // REGION_CHUNKS + 1
-    source = np.repeat(np.arange(len(rows)), pieces)
-    ordinal = np.arange(len(source)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    regions = firsts[source] // REGION_CHUNKS + ordinal
-    begin = np.maximum(firsts[source], regions * REGION_CHUNKS)
-    stop = np.minimum(ends[source], (regions + 1) * REGION_CHUNKS)
-    records = np.zeros(len(source), RECORD)
-    records["chunk"], records["seq"], records["run"] = begin % REGION_CHUNKS, seq, stop - begin
-    for field in ("offset", "xxh3", "id0", "id1"):
-        records[field] = rows[field][source]
-    records["packed"] = np.where(zero, 0, rows["length"] | (rows["codec"] << CODEC_SHIFT))[source]
-    return regions.astype(np.uint64), records

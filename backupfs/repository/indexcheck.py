@@ -11,8 +11,9 @@ import numpy as np
 
 from backupfs.errors import Corrupt
 from backupfs.repository.format import RECORD, Rows, Words, checks
-from backupfs.repository.index import Index, cut, record_seeds, records_of
+from backupfs.repository.index import Index
 from backupfs.repository.layer import Layer
+from backupfs.repository.records import cut, record_seeds, records_of
 
 _SLAB = 1 << 22  # chunks of the disk at a time: zero runs are cut there, for a long one stands for many records
 _RECORDS = 1 << 16  # of the index at a time, if there are not more in one region

@@ -14,8 +14,8 @@ from repositories import add_point, read_point
 from backupfs.errors import BackupfsError, Corrupt
 from backupfs.extents import Extent
 from backupfs.repository.format import NO_LAYER
-from backupfs.repository.index import _encode_layer
 from backupfs.repository.layer import Layer
+from backupfs.repository.records import encode_layer
 from backupfs.repository.repository import Repository
 from backupfs.services.damage import Damage, Report
 from backupfs.services.repair import repair
@@ -248,7 +248,7 @@ def test_what_the_index_is_wrong_about(repository: Repository) -> None:
     assert found() == []
     key = chain_no.to_bytes(4, "big") + (2).to_bytes(4, "big")
     with index._env.begin(write=True, db=index._layers) as txn:
-        txn.put(key, _encode_layer(key, index.layer_id(chain_no, 2) or NO_LAYER, 0, 0))
+        txn.put(key, encode_layer(key, index.layer_id(chain_no, 2) or NO_LAYER, 0, 0))
     assert found() == [("index", points[2:])]
     report = check(repository)
     repair(repository, report, [], None)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from backupfs.errors import Corrupt, ProtocolError, UnsupportedFormat
 from backupfs.repository import codec, format, manifest
-from backupfs.repository.index import _decode_layer
+from backupfs.repository.records import decode_layer
 from backupfs.repository.results import Result
 from backupfs.sources.source import DIRTY, ZERO, parse_descriptors
 
@@ -92,7 +92,7 @@ def test_frames(data: bytes, chunk_size: int, place: int, bit: int) -> None:
 @given(st.binary(max_size=40), st.binary(max_size=40))
 def test_layers_in_the_index(key: bytes, value: bytes) -> None:
     with contextlib.suppress(struct.error, ValueError):  # what Index turns into Corrupt
-        layer_id, _, _ = _decode_layer(key, value)
+        layer_id, _, _ = decode_layer(key, value)
         assert len(layer_id) == 16
 
 
