@@ -23,17 +23,22 @@ pytestmark = pytest.mark.skipif(
 def measure(folder: Path, *options: str) -> dict[str, dict[tuple[str, int], dict[str, object]]]:
     """Run `tools/bench read`, its data kept in a folder; return the lines of its JSON by workload and deltas."""
     facts = folder / "facts.json"
-    places = ["--dir", str(folder / "work"), "--data", str(folder / "data"), "--json", str(facts)]
-    command = [sys.executable, str(_BENCH), "read", *_SMALL, *places, *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as bench:
-        try:
-            said, _ = bench.communicate(timeout=_LIMIT_S)
-        except BaseException:
-            bench.terminate()  # it takes its mounts away
-            raise
-    assert bench.returncode == 0, said
-    assert list((folder / "work").iterdir()) == []
+    bench(folder, "read", *_SMALL, "--data", str(folder / "data"), "--json", str(facts), *options)
     return {(line["workload"], line["deltas"]): line for line in json.loads(facts.read_text())["lines"]}
+
+
+def bench(folder: Path, *words: str) -> str:
+    """Run `tools/bench`; return what it said."""
+    command = [sys.executable, str(_BENCH), *words, "--dir", str(folder / "work")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+        try:
+            said, _ = running.communicate(timeout=_LIMIT_S)
+        except BaseException:
+            running.terminate()  # it takes its mounts away
+            raise
+    assert running.returncode == 0, said
+    assert list((folder / "work").iterdir()) == []
+    return said
 
 
 def test_two_workloads(tmp_path: Path) -> None:
@@ -55,3 +60,11 @@ def test_two_workloads(tmp_path: Path) -> None:
         subprocess.run(["qemu-img", "check", "-q", str(overlay)], check=True)
     circles = ElementTree.parse(chart).iter("{http://www.w3.org/2000/svg}circle")
     assert len(list(circles)) == 2 * 5  # none, zstd, pyfuse3, QEMU and nbdfuse; and the legend
+
+
+def test_what_else_there_is(tmp_path: Path) -> None:
+    said = bench(tmp_path, "restore", "--quick", "--rounds", "1", "--size", "16MiB")
+    assert sum(line.startswith("restore to") for line in said.splitlines()) == 4
+    assert sum(line.startswith("verify, ") and "memory" in line for line in said.splitlines()) == 4
+    said = bench(tmp_path, "space", "--quick")
+    assert sum("kept over seen" in line for line in said.splitlines()) == 4

@@ -35,7 +35,7 @@ def _read(job: tuple[Layer, Rows], memory: Scratch, *, hashed: bool) -> None:
     layer, rows = job
     begin, size = int(rows["offset"][0]), layer.header.chunk_size
     data = memory.take(int((rows["offset"] + rows["length"]).max()) - begin)
-    layer.pread_into(begin, data)
+    layer.data.pread_into(begin, data)
     offsets = (rows["offset"] - np.uint64(begin)).tolist()
     for offset, length, codec_id in zip(offsets, rows["length"].tolist(), rows["codec"].tolist(), strict=True):
         chunk: bytes | memoryview = data[offset : offset + length]

@@ -59,8 +59,8 @@ def measure_restore(place: Workplace, report: Report, rounds: int, top: Path, st
             target, copy = place.path("target"), place.path("copy")
             for path in (target, copy):
                 path.unlink(missing_ok=True)
-            command = (BACKUPFS, "-r", place.path(name), "restore", f"vm/{point}/vda", target, "--format", image_format)
-            mine = place.measure(*command).seconds
+            restore = (BACKUPFS, "-r", place.path(name), "restore", f"vm/{point}/vda", target, "--format", image_format)
+            mine = place.measure(*restore).seconds
             # -t writeback: put on the disk at the end, as ours is; the default never is.
             peer = place.measure("qemu-img", "convert", "-t", "writeback", "-O", image_format, top, copy).seconds
             if number:
@@ -95,8 +95,8 @@ def measure_verify(place: Workplace, report: Report, rounds: int, name: str) -> 
                     spent = place.measure(BACKUPFS, "-r", repository, "verify", "--json")
                     seconds, peak = json.loads(spent.said)["seconds"], max(peak, spent.peak_bytes)
                 else:
-                    command = (sys.executable, payloads.__file__, repository, *_PEERS[what])
-                    seconds = float(place.measure(*command).said)
+                    spent = place.measure(sys.executable, payloads.__file__, repository, *_PEERS[what])
+                    seconds = float(spent.said)
                 if number:
                     values.append(payload / MiB / seconds)
         row = f"verify, {name}" + (", cold" if cold else "")
