@@ -209,16 +209,17 @@ class Lane:
         """Read requests until the mount ends."""
         request = bytearray(kernel.REQUEST_BUFFER)
         buffers, view = [request], memoryview(request)
-        receive, unpack = self._receive, REQUEST.unpack_from
+        readv, unpack, device = os.readv, REQUEST.unpack_from, self._device
         os.set_blocking(self._device, False)
         requests = AdaptivePolling(self._device)
         while not self._ending:
-            length = receive(buffers, requests)
-            if length is None:
+            try:
+                length = readv(device, buffers)
+            except OSError as e:
+                if self._no_request(e, requests):
+                    continue
                 self._tell(lambda: None if self._ending else self._on_end())
                 return
-            if not length:
-                continue
             opcode, unique, handle, offset, size = unpack(request)
             try:
                 if opcode == kernel.READ:
@@ -240,18 +241,15 @@ class Lane:
                     log.error("request %d of type %d failed: %r", unique, opcode, e)
                 self.refuse(unique, errno.ENOTCONN if self._ending else errno.EIO)
 
-    def _receive(self, buffers: list[bytearray], requests: AdaptivePolling) -> int | None:
-        """Read a request; return its length, 0 if there was none, None when the mount is gone."""
-        try:
-            return os.readv(self._device, buffers)
-        except BlockingIOError:
+    def _no_request(self, error: OSError, requests: AdaptivePolling) -> bool:
+        """Wait for a request, as there was none; return False when there will be none: the mount is gone."""
+        if error.errno == errno.EAGAIN:
             requests.wait()
-        except OSError as e:
-            if e.errno not in _NOT_A_REQUEST:
-                if e.errno != errno.ENODEV:
-                    log.error("%s: %s", kernel.DEVICE, e)
-                return None
-        return 0
+        elif error.errno not in _NOT_A_REQUEST:
+            if error.errno != errno.ENODEV:
+                log.error("%s: %s", kernel.DEVICE, error)
+            return False
+        return True
 
     def _amend(self, opcode: int, unique: int, request: bytearray, size: int) -> None:
         if opcode in (kernel.READDIR, kernel.READDIRPLUS):

@@ -8,6 +8,7 @@ import threading
 from typing import Protocol
 
 from backupfs.repository.cache import LruCache
+from backupfs.repository.chunk_cache import NOTHING, ChunkCache, Key
 from backupfs.repository.format import MAX_CHUNK
 from backupfs.repository.payloads import Payloads
 from backupfs.units import KiB
@@ -17,7 +18,6 @@ LARGEST = 128 * KiB
 """Of chunks that are read and checked while others wait: 20 us."""
 _OFTEN = 3
 
-ChunkCache = LruCache[tuple[int, int, int, int], bytes]  # (the chain's number, seq, offset, xxh3) -> a decoded chunk
 OpenLayers = LruCache[tuple[int, int], Payloads]  # (the chain's number, seq) -> what is in the layer
 
 
@@ -41,22 +41,32 @@ class AtHand(Protocol):
 class Decoded:
     """A compressed chunk, as long as it is in the cache."""
 
-    __slots__ = ("_cache", "_end", "_first", "_key")
+    __slots__ = ("_cache", "_cell", "_end", "_first", "_key")
 
-    def __init__(self, cache: ChunkCache, key: tuple[int, int, int, int], first: int, end: int) -> None:
+    def __init__(self, cache: ChunkCache, key: Key, first: int, end: int) -> None:
         self._cache = cache
+        self._cell = NOTHING
         self._key = key
         self._first, self._end = first, end
 
     def read(self, offset: int, into: list[memoryview]) -> bool:
-        chunk, target = self._cache.get(self._key) or self._fetch(), into[0]
+        cell, target = self._cell, into[0]
+        chunk = cell.chunk
+        if chunk is None:
+            chunk = self._look() or self._fetch()
+        else:
+            cell.used = True
         end = offset + len(target)
         if chunk is None or end > self._end:
             return False
-        target[:] = memoryview(chunk)[offset - self._first : end - self._first]
+        target[:] = chunk[offset - self._first : end - self._first]
         return True
 
-    def _fetch(self) -> bytes | memoryview | None:
+    def _look(self) -> memoryview | None:
+        self._cell = self._cache.get(self._key)
+        return self._cell.chunk
+
+    def _fetch(self) -> memoryview | None:
         return None
 
 
@@ -76,7 +86,7 @@ class Stored(Decoded):
     def __init__(
         self,
         cache: ChunkCache,
-        key: tuple[int, int, int, int],
+        key: Key,
         first: int,
         end: int,
         *,
@@ -87,7 +97,7 @@ class Stored(Decoded):
         self._opened, self._memory = opened, memory
         self._times = 0
 
-    def _fetch(self) -> bytes | memoryview | None:
+    def _fetch(self) -> memoryview | None:
         chain_no, seq, at, xxh3 = self._key
         payloads, into = self._opened.get((chain_no, seq)), self._memory.into
         if payloads is None or not payloads.read_in_memory(at, xxh3, into):
@@ -95,7 +105,7 @@ class Stored(Decoded):
         self._times += 1
         if self._times == _OFTEN:
             self._times = 0
-            self._cache.put(self._key, bytes(into[0]), len(into[0]))
+            self._cell = self._cache.put(self._key, bytes(into[0]))
         return into[0]
 
 

@@ -17,8 +17,9 @@ from backupfs.errors import Corrupt, RepositoryError
 from backupfs.extents import Extent, clip, coalesce
 from backupfs.image import Buffer, check_range
 from backupfs.repository import codec, names
-from backupfs.repository.at_hand import LARGEST, ZEROES, AtHand, ChunkCache, Decoded, OneChunk, OpenLayers, Stored, Zero
+from backupfs.repository.at_hand import LARGEST, ZEROES, AtHand, Decoded, OneChunk, OpenLayers, Stored, Zero
 from backupfs.repository.cache import LruCache
+from backupfs.repository.chunk_cache import ChunkCache
 from backupfs.repository.chunkmap import PLACE, ChunkMap, RegionCache
 from backupfs.repository.format import (
     CODEC_SHIFT,
@@ -72,7 +73,7 @@ class LayerStore:
         self.index = index
         self.chunk_size = chunk_size
         self.regions: RegionCache = LruCache(_REGION_CACHE)
-        self.chunks: ChunkCache = LruCache(chunk_cache)
+        self.chunks = ChunkCache(chunk_cache)
         # (the image's number << _IMAGE_SHIFT) + the chunk's.
         self.at_hand: dict[int, AtHand] = {}
         self.image_numbers = itertools.count()
@@ -277,16 +278,19 @@ class PointImage:
             pieces.append(run.read(memory))
         return pieces
 
-    def _chunk(self, payloads: Payloads, seq: int, at: int, xxh3: int, packed: int) -> bytes:
+    def _chunk(self, payloads: Payloads, seq: int, at: int, xxh3: int, packed: int) -> bytes | memoryview:
         """Return a decoded chunk. What is stored as it is the kernel keeps."""
         if packed == payloads.whole:
             return payloads.chunk(at, xxh3, packed)
         key = (self._chain.no, seq, at, xxh3)
-        held = self._store.chunks.get(key)
-        if held is None:
-            held = payloads.chunk(at, xxh3, packed)
-            self._store.chunks.put(key, held, len(held))
-        return held
+        cell = self._store.chunks.get(key)
+        held = cell.chunk
+        if held is not None:
+            cell.used = True
+            return held
+        chunk = payloads.chunk(at, xxh3, packed)
+        self._store.chunks.put(key, chunk)
+        return chunk
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         check_range(self, offset, length)
