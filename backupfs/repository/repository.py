@@ -270,8 +270,7 @@ class Repository:
         The old one is kept while it has what --repair may need: see kept.py.
         """
         fresh = f"{folder}.new"
-        for rest in (fresh, f"{fresh}.old"):  # of one that was killed
-            shutil.rmtree(rest, ignore_errors=True)
+        _remove_built(fresh)  # by one that was killed
         try:
             index = Index(fresh, self.settings.id, durable=False)
             try:
@@ -289,8 +288,7 @@ class Repository:
         except OSError as e:
             raise RepositoryError(f"{folder}: the index can't be built: {e.strerror}") from e
         finally:
-            for rest in (fresh, fresh + ".old"):
-                shutil.rmtree(rest, ignore_errors=True)
+            _remove_built(fresh)
         return Index(folder, self.settings.id)
 
     def _whose_manifests_are_good(self, points: Iterable[tuple[str, str]]) -> list[Manifest]:
@@ -449,6 +447,13 @@ def _check_path(path: str) -> str:
     except UnicodeEncodeError as e:
         raise UsageError(f"{path!r}: the path of a repository has to be UTF-8") from e
     return path
+
+
+def _remove_built(fresh: str) -> None:
+    """Remove what was not put in the index's place, and what was there before. What stays the next one removes."""
+    for rest in (fresh, f"{fresh}.old"):
+        with contextlib.suppress(OSError):  # rmtree does not ignore every error
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 class Writer:

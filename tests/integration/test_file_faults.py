@@ -1,4 +1,4 @@
-"""Every file operation of a backup, a delete and a gc fails in turn, or writes less than it was given: a
+"""Every file operation of whatever changes a repository fails in turn, or writes less than it was given: a
 BackupfsError or success, nothing published is harmed, and the next command works.
 """
 
@@ -19,8 +19,10 @@ from repositories import add_point, read_point
 from backupfs.errors import BackupfsError
 from backupfs.repository import space
 from backupfs.repository.repository import Repository
+from backupfs.services.edit import edit
 from backupfs.services.gc import gc
-from backupfs.services.prune import delete
+from backupfs.services.prune import delete, prune
+from backupfs.services.retention import KeepRules
 
 LONG = bool(os.environ.get("BACKUPFS_LONG"))
 CHUNK = 4096
@@ -29,6 +31,7 @@ SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 WRITES = ("write", "pwrite", "pwritev")
 GROWS = (*WRITES, "link", "mkdir", "open", "rename", "ftruncate")
 CALLS = (*GROWS, "fsync", "fchmod", "unlink", "rmdir", "listdir", "stat", "fstat", "lseek", "pread", "statvfs")
+EDITS = ("", [], False), ("new", ["t"], True)  # what a point's note, tags and pin are before and after one
 FAULTS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "full from then on": errno.ENOSPC, "short": 0}
 
 
@@ -98,11 +101,11 @@ def built(request: pytest.FixtureRequest) -> Iterator[tuple[Path, dict[str, byte
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("what", ["first backup", "backup", "delete", "gc"])
+@pytest.mark.parametrize("what", ["first backup", "backup", "delete", "prune", "edit", "gc", "reindex"])
 def test_every_file_operation_fails_in_turn(built: tuple[Path, dict[str, bytes]], what: str, fault: str) -> None:
     source, before = built
     place = source.parent / "struck"
-    doomed = sorted(before)[1:3]
+    doomed = sorted(before)[1:3] if what == "delete" else sorted(before)[:2]
     new = random.Random(2).randbytes(28 * CHUNK + 99)
     refused, raw = 0, list[str]()
     for nth in range(10_000):
@@ -117,6 +120,12 @@ def test_every_file_operation_fails_in_turn(built: tuple[Path, dict[str, bytes]]
                     add_point(repository, new, day=3, step=8 * CHUNK)
                 elif what == "delete":
                     delete(repository, [(VM, point) for point in doomed])
+                elif what == "prune":
+                    prune(repository, VM, KeepRules(last=2), dry_run=False)
+                elif what == "edit":
+                    edit(repository, VM, doomed[0], note="new", add=["t"], remove=[], pinned=True, waiting=None)
+                elif what == "reindex":
+                    repository.reindex()
                 else:
                     gc(repository)
 
@@ -137,11 +146,15 @@ def test_every_file_operation_fails_in_turn(built: tuple[Path, dict[str, bytes]]
                 assert there - set(before) <= {repository.points(VM)[-1]}
                 assert there >= set(before)
                 assert not worked or len(there) == len(before) + 1
-            elif what == "delete":
+            elif what in ("delete", "prune"):
                 assert set(before) - set(doomed) <= there <= set(before)
-                assert not worked or there == set(before) - set(doomed)
+                # A point whose manifest can't be read prune leaves where it is.
+                assert not worked or there == set(before) - set(doomed) or (what, fault) == ("prune", "EIO")
             else:
                 assert there == set(before)
+            if what == "edit":
+                edited = repository.manifest(VM, doomed[0])
+                assert (edited.note, edited.tags, edited.pinned) in ((("new", ["t"], True),) if worked else EDITS)
             for point in there:
                 assert read_point(repository, point) == before.get(point, new), f"{what}, {fault}, call {nth}"
             others = repository.points("other")
@@ -159,5 +172,5 @@ def test_every_file_operation_fails_in_turn(built: tuple[Path, dict[str, bytes]]
         if not faulty.met:
             break
     assert not raw
-    assert nth > 3 or what in ("delete", "gc")
+    assert nth > 3 or what not in ("first backup", "backup")
     assert refused or fault != "EIO"
