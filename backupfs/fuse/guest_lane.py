@@ -244,10 +244,15 @@ class GuestLane:
         try:
             yield
         except NotFound as e:
-            self._answer(job.unique, errno.ESTALE if isinstance(e, Stale) else errno.ENOENT)
+            self._refuse(job, errno.ESTALE if isinstance(e, Stale) else errno.ENOENT)
         except Exception as e:  # noqa: BLE001, nothing may end the thread
             self._guests.complain(job.inode, doing, e)
-            self._answer(job.unique, errno.EIO)
+            self._refuse(job, errno.EIO)
+
+    def _refuse(self, job: _Open | _Ask, code: int) -> None:
+        if isinstance(job, _Open):
+            self._opens.less(job.inode)
+        self._answer(job.unique, code)
 
     def _opened(self, unique: int, inode: int, content: bytes) -> None:
         """Answer an OPEN. Before that the kernel gets the content, unless somebody may be READing it."""

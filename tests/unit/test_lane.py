@@ -62,6 +62,7 @@ class Device:
         self.complaints: list[str] = []
         self.read_on_behind: list[int] = []
         self.known: dict[int, Xattrs] = {}
+        self.broken = {GUEST + 13}
         self.greeted, self.started = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=trio.run, args=(self._live,))
         self._thread.start()
@@ -96,7 +97,7 @@ class Device:
         return 1 if inode >= GUEST and inode != GUESTS_FOLDER else None
 
     def small_content(self, inode: int) -> bytes | None:
-        if inode == GUEST + 13:
+        if inode in self.broken:
             raise GuestError("damaged")
         return b"content of %d" % inode if inode < GUEST + 100 else None
 
@@ -402,6 +403,9 @@ def test_what_is_not_small_or_no_guests_is_opened_by_pyfuse3(device: Device) -> 
     ask_open(device, 6, GUEST + 13)
     assert device.answered() == (6, errno.EIO, b"")
     assert device.complaints == [f"{GUEST + 13} open: damaged"]
+    device.broken.clear()
+    ask_open(device, 7, GUEST + 13)
+    assert stored(device)[0] == GUEST + 13, "nobody has it open"
 
 
 def test_a_guests_folder_may_be_kept_by_the_kernel(device: Device) -> None:
