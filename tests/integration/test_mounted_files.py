@@ -39,6 +39,8 @@ from backupfs.units import KiB, MiB
 
 pytestmark = [pytest.mark.timeout(120), needs_fuse]
 
+LONG = bool(os.environ.get("BACKUPFS_LONG"))
+
 
 class Mounted:
     """A repository with one point of the disks, mounted."""
@@ -313,6 +315,7 @@ def test_small_files_read_in_any_order_at_once(shown: Mounted, tmp_path: Path) -
     assert digests(files, sorted) == expected
 
 
+@pytest.mark.timeout(0 if LONG else 120)
 def test_small_files_opened_and_read_by_many_processes(shown: Mounted, tmp_path: Path) -> None:
     """The kernel is given contents, for which it waits for READs, while others READ: nobody waits for ever."""
     disk = small_files(tmp_path)
@@ -322,7 +325,7 @@ def test_small_files_opened_and_read_by_many_processes(shown: Mounted, tmp_path:
     (tmp_path / "expected").write_bytes(pickle.dumps(contents))
     shown.add(vda=disk)
     shown.mount()
-    seconds = "600" if os.environ.get("BACKUPFS_LONG") else "4"
+    seconds = "600" if LONG else "4"
     command = [sys.executable, Path(__file__).with_name("small_reader.py"), shown.at("vda.files", "0")]
     readers = [
         subprocess.Popen([*command, tmp_path / "expected", str(seed), seconds], stderr=subprocess.PIPE)
