@@ -35,7 +35,7 @@ from backupfs.services.damage import BadRows, Damage, Report
 from backupfs.units import MiB
 
 _SPAN = 8 * MiB  # of chunks, that a thread takes at a time
-_WORKERS = min(4, max(2, os.cpu_count() or 1))
+_WORKERS = min(4, os.cpu_count() or 1) + 1  # one of them waits for the disk
 _QUEUE = 2 * _WORKERS
 _HASHED = 4 * MiB
 _TRIES = 20  # of comparing the index with layers that gc is writing again meanwhile
