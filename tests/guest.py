@@ -185,7 +185,7 @@ def _qemu(options: Sequence[str]) -> Iterator[tuple["subprocess.Popen[bytes]", P
         process = subprocess.Popen(start, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder)
     try:
         try:
-            qmp = QmpClient(folder / "test")
+            qmp = QmpClient(folder / "test", 90)  # a guest under TCG beside other tests
         except (OSError, AssertionError) as e:
             raise AssertionError(f"QEMU does not start: {(folder / 'log').read_text(errors='replace')}") from e
         try:
