@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from backupfs.errors import NotFound
-from backupfs.fuse import kernel
+from backupfs.errors import GuestError, NotFound
+from backupfs.fuse import acls, kernel
 from backupfs.fuse.guest_xattrs import Xattrs
 from backupfs.fuse.images import AtHand
 from backupfs.fuse.kernel import ANSWER_SIZE
@@ -40,7 +40,9 @@ class Guests(Protocol):
         """Whether something has other attributes than `user.backupfs.*`: a guest's. Does not block."""
 
     def volume_number(self, inode: int) -> int | None:
-        """Return a number for the volume that a guest's file is on; None: it is none. Does not block."""
+        """Return a number for the volume that a guest's file or first folder is on; None: it is neither. Does not
+        block.
+        """
 
     def small_content(self, inode: int) -> bytes | None:
         """Return the content of a guest's file; None: it is too large for that. May block. Raises BackupfsError."""
@@ -119,6 +121,7 @@ class GuestLane:
         write: gives the kernel an answer: its unique number and parts. Returns whether it was taken.
         store: gives the kernel a file's content for its cache, by its inode. Waits for READs of the same file.
         pass_on: gives a request to pyfuse3.
+        keep_acls: the kernel keeps ACLs (acls.py).
     """
 
     def __init__(
@@ -128,12 +131,15 @@ class GuestLane:
         write: Callable[[int, list[bytes]], bool],
         store: Callable[[int, bytes], None],
         pass_on: Callable[[bytes], None],
+        *,
+        keep_acls: bool,
     ) -> None:
         self._guests = guests
         self._files = files
         self._write = write
         self._store = store
         self._pass_on = pass_on
+        self._acls = acls.NAMES if keep_acls else ()
         self._handles = itertools.count(_FIRST_HANDLE)
         self._openers: Workers[_Volume, _Open | _Ask] = Workers(self._do, "lane-opener")
         self._known: dict[int, Xattrs] = {}
@@ -172,7 +178,7 @@ class GuestLane:
             name = bytes(request[kernel.XATTR_AT :]).partition(b"\0")[0]
         known = self._known.get(inode) or self._at_hand(inode)
         if known is not None:
-            self._answer_xattr(unique, name, size, known)
+            self._answer_xattr(_Ask(unique, inode, name, size), known)
             return True
         volume = self._guests.volume_number(inode)
         if volume is not None:
@@ -207,11 +213,15 @@ class GuestLane:
     def _answer(self, unique: int, code: int) -> None:
         self._write(unique, [kernel.ANSWER.pack(ANSWER_SIZE, -code, unique)])
 
-    def _answer_xattr(self, unique: int, name: bytes | None, size: int, known: Xattrs) -> None:
+    def _answer_xattr(self, ask: _Ask, known: Xattrs) -> None:
         """Answer with a value, or with the names, as much room as there is for it; 0: how much does it take?"""
+        unique, name, size = ask.unique, ask.name, ask.size
         value = b"".join(n + b"\0" for n in known.values) if name is None else known.values.get(name)
         if value is None:
             self._answer(unique, known.missing(name or b""))
+        elif name in self._acls and not acls.is_sound(value):
+            self._guests.complain(ask.inode, "getxattr", GuestError(f"{name!r} is no ACL"))
+            self._answer(unique, errno.EACCES)
         elif not size:
             answer = kernel.XATTR_SIZE_ANSWER
             self._write(unique, [answer.pack(answer.size, 0, unique, len(value))])
@@ -226,7 +236,7 @@ class GuestLane:
         if isinstance(job, _Ask):
             with self._refusing(job, "listxattr" if job.name is None else "getxattr"):
                 known = self._guests.xattrs(job.inode)
-                self._answer_xattr(job.unique, job.name, job.size, known)
+                self._answer_xattr(job, known)
         elif job.request is None:
             with contextlib.suppress(Exception):  # who opens one of them is told
                 self._guests.read_on(job.inode)
@@ -247,7 +257,8 @@ class GuestLane:
             self._refuse(job, errno.ESTALE if isinstance(e, Stale) else errno.ENOENT)
         except Exception as e:  # noqa: BLE001, nothing may end the thread
             self._guests.complain(job.inode, doing, e)
-            self._refuse(job, errno.EIO)
+            is_acl = isinstance(job, _Ask) and job.name in self._acls
+            self._refuse(job, errno.EACCES if is_acl else errno.EIO)
 
     def _refuse(self, job: _Open | _Ask, code: int) -> None:
         if isinstance(job, _Open):

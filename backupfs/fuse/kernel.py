@@ -81,6 +81,8 @@ INIT_REQUEST = struct.Struct("=40x12xII")
 INIT_FLAGS_AT, INIT_FLAGS2_AT = 16 + 12, 16 + 32
 INIT_FLAGS2 = struct.Struct("=II")
 """flags2, max_stack_depth."""
+POSIX_ACL: Final = 1 << 20
+"""In flags: the kernel may keep ACLs, and goes by them and by modes."""
 CACHE_SYMLINKS: Final = 1 << 23
 """In flags: the kernel may keep the targets of symbolic links."""
 INIT_EXT: Final = 1 << 30

@@ -85,6 +85,7 @@ class Lane:
     Args:
         device: the FUSE device, mounted. The lane closes it, in `close`, if none of its threads can be in it any more.
         passthrough: have the kernel read raw files by itself, if it can.
+        keep_acls: have it keep ACLs (acls.py).
 
     Attributes:
         session: the descriptor that libfuse is to take for the device; it closes it.
@@ -94,8 +95,9 @@ class Lane:
         OSError: the system has no pair, or none that holds libfuse's largest answer.
     """
 
-    def __init__(self, device: int, *, passthrough: bool = True) -> None:
+    def __init__(self, device: int, *, passthrough: bool = True, keep_acls: bool = False) -> None:
         self._device = device
+        self._keep_acls = keep_acls
         self.passthrough = Passthrough(device, wanted=passthrough)
         self._pair, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self._pair, theirs):
@@ -125,8 +127,8 @@ class Lane:
             on_end: called on the trio thread when the mount is gone, maybe several times, but not after `finish`.
         """
         self._others = others
-        self._guests = GuestLane(others, self._files, self._give, self._store, self._pass_on)
-        self._amender = Amender(self.passthrough, self._backing_of, others.is_constant)
+        self._guests = GuestLane(others, self._files, self._give, self._store, self._pass_on, keep_acls=self._keep_acls)
+        self._amender = Amender(self.passthrough, self._backing_of, others.is_constant, keep_acls=self._keep_acls)
         self._token = trio.lowlevel.current_trio_token()
         self._on_answering, self._on_end = on_answering, on_end
         for target in (self._serve, self._relay, self._post):

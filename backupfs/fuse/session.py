@@ -14,7 +14,7 @@ from functools import partial
 import trio
 
 from backupfs.errors import MountError
-from backupfs.fuse import mountpoint
+from backupfs.fuse import acls, mountpoint
 from backupfs.fuse.catalogue import Catalogue
 from backupfs.fuse.lane import Lane
 from backupfs.fuse.operations import Operations, attach, detach, serve, stop
@@ -119,7 +119,10 @@ async def _live(
                         os.kill(os.getpid(), signal.SIGTERM)
 
                 operations, lane = _attach(
-                    lambda lane: Operations(tree, nursery, ready, lane), device, passthrough=passthrough
+                    lambda lane: Operations(tree, nursery, ready, lane),
+                    device,
+                    passthrough=passthrough,
+                    keep_acls=not allow_other and acls.passes_permissions(),
                 )
                 attached = True
                 nursery.start_soon(operations.close_idle_guests)
@@ -147,13 +150,13 @@ async def _live(
 
 
 def _attach(
-    operations: Callable[[Lane | None], Operations], device: int, *, passthrough: bool
+    operations: Callable[[Lane | None], Operations], device: int, *, passthrough: bool, keep_acls: bool
 ) -> tuple[Operations, Lane | None]:
     """Have libfuse answer behind a lane; or, when that can't be, at the device itself, which is slower."""
     if not os.environ.get(_NO_LANE):
         lane = None
         try:
-            lane = Lane(device, passthrough=passthrough)
+            lane = Lane(device, passthrough=passthrough, keep_acls=keep_acls)
             with_lane = operations(lane)
             attach(with_lane, lane.session)
             return with_lane, lane

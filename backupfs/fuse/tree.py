@@ -185,12 +185,15 @@ class Tree:
         return None
 
     def volume_number(self, inode: int) -> int | None:
-        """Return a number for the volume that a guest's file is on; None: it is none. Does not block."""
+        """Return a number for the volume that a guest's file or first folder is on; None: it is neither."""
         try:
             node = self.inodes.node(inode)
         except Stale:
             return None
-        return hash(node.volume) if isinstance(node, GuestFile) else None
+        match node:
+            case GuestFile(volume) | (VolumeFolder() as volume):
+                return hash(volume)
+        return None
 
     def small_content(self, inode: int) -> bytes | None:
         """Return the content of a guest's file, None: it is too large for that. Raises Stale, BackupfsError."""

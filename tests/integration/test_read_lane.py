@@ -303,7 +303,7 @@ def test_without_a_lane_pyfuse3_answers(monkeypatch: pytest.MonkeyPatch, caplog:
     monkeypatch.setattr(session, "attach", attach)
     lanes: list[Lane | None] = []
     open_before = len(os.listdir("/proc/self/fd"))
-    _, lane = session._attach(lanes.append, 99, passthrough=True)  # type: ignore[arg-type]
+    _, lane = session._attach(lanes.append, 99, passthrough=True, keep_acls=False)  # type: ignore[arg-type]
     assert lane is None
     assert lanes[0] is not None
     assert lanes[1] is None
