@@ -14,17 +14,17 @@ from typing import NoReturn
 from backupfs.errors import GuestError
 from backupfs.extents import Extent, coalesce
 from backupfs.filesystem import Entry, Run, Stat, listed
-from backupfs.guest import xfs_attributes, xfs_folder, xfs_log
-from backupfs.guest.xfs_disk import DEVICE, LOCAL, REMOTE, Disk, Inode, Mapped
+from backupfs.guest import xfs_attributes, xfs_folder, xfs_replay
+from backupfs.guest.xfs_disk import DEVICE, LOCAL, REMOTE, Inode, Mapped
 from backupfs.image import Image
 
 _MOST_ENTRIES = 1_000_000  # in a folder
 _LONGEST_LINK = 1024
 _MOST_RUNS = 100_000
-_NOTE = (
-    "its log was not replayed: what was written last is missing, and what the log changes can't be read. "
-    "The kernel replays it when DISK.rw is mounted (backupfs mount --scratch)"
-)
+_KERNEL = "The kernel replays it when DISK.rw is mounted (backupfs mount --scratch)"
+_NOTE = "its log was not replayed: what was written last is missing, and what the log changes can't be read. " + _KERNEL
+_BEGUN = "what its log began to change and did not end was not replayed, and can't be read: inodes {}. " + _KERNEL
+_NAMED = 20  # inodes
 
 
 class XfsFileSystem:
@@ -37,13 +37,16 @@ class XfsFileSystem:
     kind = "xfs"
 
     def __init__(self, volume: Image) -> None:
-        self._disk = Disk(volume)
+        self._disk, self._replayed, self._pending = xfs_replay.replayed(volume)
         self.root = self._disk.root
         self._mapped = functools.lru_cache(8)(self._disk.mapped)
-        self.stat(self.root)
-        self._pending = xfs_log.pending(self._disk)
         self._disk.stale = self._pending.sectors
-        self.notes: tuple[str, ...] = () if self._pending.is_empty else (_NOTE,)
+        self.stat(self.root)
+        self.notes: tuple[str, ...] = ()
+        if self._replayed and self._pending.inodes:
+            self.notes = (_BEGUN.format(", ".join(map(str, sorted(self._pending.inodes)[:_NAMED]))),)
+        elif not self._pending.is_empty:
+            self.notes = (_NOTE,)
 
     def stat(self, inode: int) -> Stat:
         found = self._disk.inode(inode)
@@ -94,6 +97,8 @@ class XfsFileSystem:
     def runs(self, inode: int) -> Sequence[Run] | None:
         found = self._file(inode)
         pieces = [Run(extent.length, at) for extent, at in self._pieces(found, 0, found.size)]
+        if self._replayed and any(p.offset is not None and self._replayed.differs(p.offset, p.length) for p in pieces):
+            return None
         return pieces if len(pieces) <= _MOST_RUNS else None
 
     def extents(self, inode: int, offset: int, length: int) -> Iterator[Extent]:
@@ -130,7 +135,7 @@ class XfsFileSystem:
 
     def _refuse_pending(self, inode: int) -> None:
         if self._pending.all or inode in self._pending.inodes:
-            raise xfs_log.refuse(f"inode {inode}")
+            raise xfs_replay.refuse(f"inode {inode}")
 
     def _file(self, inode: int) -> Inode:
         self._refuse_pending(inode)

@@ -1,180 +1,255 @@
-"""What the log of an XFS says that is not in the file system yet: it is not replayed, but what it changes is known.
+"""The log of an XFS: which transactions are in it that may not be in the file system yet.
 
-While it runs, XFS writes what changes to its log first. An inode that the log changes may be another file's by now, and
-its old blocks too: what is read through it would be somebody else's bytes. An inode that the log does not change is
-right, blocks and all, since blocks change hands only with the inodes of both.
+    … | record: header, operations | record … | record |            (goes round and round)
+      tail                                              head
 
-Source: fs/xfs/xfs_log_recover.c, fs/xfs/libxfs/xfs_log_format.h. Items are little-endian, as x86 and ARM write them.
+A record's operations are the regions of the items of transactions; one that is too long goes on in the next record. A
+transaction counts when its commit is there. Records are written side by side: what comes behind one that is torn or
+missing counts for nothing, as in the kernel.
+
+Source: fs/xfs/xfs_log_recover.c, fs/xfs/libxfs/xfs_log_format.h. Records are big-endian, what they hold is as the
+guest's processor has it: read is what x86 and ARM write.
 """
 
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from backupfs.errors import GuestError
+from crc32c import crc32c
+
 from backupfs.guest.xfs_disk import Disk
+from backupfs.units import MiB
 
-_SECTOR = 512
+SECTOR = 512
 _MAGIC = b"\xfe\xed\xba\xbe"
-_LONGEST_RECORD = 1024  # sectors, and more
+_LITTLE_ENDIAN = 1
+_HEADER, _CRC_AT = 328, 32  # bytes that a checksum counts of the first sector of a header; of others:
+_MORE_HEADER = 260
 _PER_HEADER = 32 << 10  # bytes of a record that one sector of header is for
+_MOST_HEADERS = 64
+_IN_FLIGHT = 8 * 256 * 2 + _MOST_HEADERS  # sectors that may be being written at a time, XLOG_TOTAL_REC_SHIFT, and more
 _START, _COMMIT, _CONTINUE, _CONTINUED, _END, _UNMOUNT = 0x1, 0x2, 0x4, 0x8, 0x10, 0x20
-_TRANSACTION = b"NART"  # the magic of a transaction's header, little-endian
-_INODE_ITEM, _BUFFER_ITEM = 0x123B, 0x123C
-# Free space, quotas, who else uses a block, new inodes: nothing that is read here.
-_OTHER_ITEMS = frozenset((*range(0x1236, 0x1239), *range(0x123D, 0x1244), 0x1245, 0x1247))
-_OF_INODES = 0x1  # of a buffer: only the list of unlinked inodes is changed
-_MOST_SECTORS = 4_000_000
+_OPERATION = struct.Struct(">IIBBxx")  # transaction, length, client, flags
+_TRANSACTION = struct.pack("<I", 0x5452414E)  # the magic of a transaction's header
+_TRANSACTION_HEADER = 16
+_MOST_REGIONS = 256
+_MOST_OPEN = 192 * MiB  # bytes of transactions whose commit was not found yet
 
 
-@dataclass(slots=True)
-class Pending:
-    """What the log changes: inodes, and sectors of metadata; `all`: it can't be known."""
-
-    inodes: set[int] = field(default_factory=set)
-    sectors: set[int] = field(default_factory=set)
-    all: bool = False
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing."""
-        return not (self.inodes or self.sectors or self.all)
-
-
-class _UnreadableError(Exception):
+class UnreadableLogError(Exception):
     """The log can't be taken apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transaction:
+    """A transaction that was committed.
+
+    Attributes:
+        lsn: the number of the record that it began in; what has it, or a higher one, is no older.
+        items: of each its regions: what it is, and what it holds.
+    """
+
+    lsn: int
+    items: list[list[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Record:
     at: int  # sector of the log
     sectors: int
+    lsn: int
     tail: int
     operations: int
     data: bytes
 
 
-def pending(disk: Disk) -> Pending:
-    """Return what the log changes. Raises GuestError: the volume can't be read."""
-    if disk.log_at is None:
-        return Pending(all=True)  # on another disk
-    log = _Log(disk, disk.log_at)
-    try:
-        last = log.last()
-        if last is None or (last.operations == 1 and last.data[9] & _UNMOUNT):
-            return Pending(all=last is None)
-        return _changes(log.records(last.tail, log.head))
-    except (_UnreadableError, struct.error, IndexError):
-        return Pending(all=True)
+@dataclass(slots=True)
+class _Open:
+    """A transaction as far as it was read."""
+
+    lsn: int
+    header: bytes = b""
+    items: list[list[bytes]] = field(default_factory=list)
+
+    def add(self, region: bytes) -> None:
+        """Source: xlog_recover_add_to_trans."""
+        if len(self.header) < _TRANSACTION_HEADER:
+            self.header += region
+            if not self.header.startswith(_TRANSACTION) or len(self.header) > _TRANSACTION_HEADER:
+                raise UnreadableLogError
+        elif self.items and len(self.items[-1]) < _regions(self.items[-1][0]):
+            self.items[-1].append(region)
+        elif 0 < _regions(region) <= _MOST_REGIONS:
+            self.items.append([region])
+        else:
+            raise UnreadableLogError
+
+    def go_on(self, region: bytes) -> None:
+        """Add to the last region. Source: xlog_recover_add_to_cont_trans."""
+        if self.items:
+            self.items[-1][-1] += region
+        else:
+            self.add(region)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no item lacks a region."""
+        return all(len(item) == _regions(item[0]) for item in self.items[-1:])
 
 
-class _Log:
-    """The log, which is written round and round; each sector says in which round it was."""
+def _operations(record: _Record) -> Iterator[tuple[int, int, bytes]]:
+    """Yield what a record is made of: the number of a transaction, flags, a region."""
+    position = 0
+    for _ in range(record.operations):
+        if position + _OPERATION.size > len(record.data):
+            raise UnreadableLogError
+        number, length, _client, flags = _OPERATION.unpack_from(record.data, position)
+        position += _OPERATION.size
+        if position + length > len(record.data):
+            raise UnreadableLogError
+        yield number, flags, record.data[position : position + length]
+        position += length
 
-    def __init__(self, disk: Disk, begin: int) -> None:
+
+def _regions(item: bytes) -> int:
+    return int(struct.unpack_from("<H", item, 2)[0])
+
+
+class Log:
+    """The log of a file system.
+
+    Raises:
+        UnreadableLogError: it is on another disk, or makes no sense.
+        GuestError: the volume can't be read.
+    """
+
+    def __init__(self, disk: Disk) -> None:
+        if disk.log_at is None:
+            raise UnreadableLogError
         self._disk = disk
-        self._begin = begin
-        self._sectors = disk.log_blocks * disk.block // _SECTOR
-        first, low, self.head = self._round(0), 0, self._sectors
-        while self.head - low > 1:
-            middle = (low + self.head) // 2
-            low, self.head = (middle, self.head) if self._round(middle) == first else (low, middle)
+        self._begin = disk.log_at
+        self._sectors = disk.log_blocks * disk.block // SECTOR
+        if self._sectors < 2:
+            raise UnreadableLogError
+        last = self._last()
+        self._tail, self._head = last.tail, (last.at + last.sectors) % self._sectors
+        is_unmounted = last.operations == 1 and len(last.data) > 9 and last.data[9] & _UNMOUNT
+        self.is_clean = bool(is_unmounted) or self._tail == self._head
+
+    def transactions(self) -> Iterator[Transaction]:
+        """Yield what was committed, in that order. Raises UnreadableLogError, GuestError."""
+        opened: dict[int, _Open] = {}
+        size = 0
+        for record in self._records():
+            for number, flags, region in _operations(record):
+                transaction = opened.get(number)
+                if flags & _START:
+                    opened[number] = _Open(record.lsn)
+                elif transaction is None:
+                    continue  # it began before the tail: nothing of it is left to be done
+                elif flags & (_COMMIT | _UNMOUNT):
+                    if not transaction.is_complete:
+                        raise UnreadableLogError
+                    yield Transaction(transaction.lsn, opened.pop(number).items)
+                elif flags & _CONTINUED:
+                    transaction.go_on(region)
+                elif region:
+                    transaction.add(region)
+            size = size + len(record.data) if opened else 0
+            if size > _MOST_OPEN:
+                raise UnreadableLogError
+
+    def _records(self) -> Iterator[_Record]:
+        """Yield the records from the tail to the head."""
+        at, left, lsn = self._tail, (self._head - self._tail) % self._sectors, 0
+        while left > 0:
+            record = self._record(at)
+            if record.sectors > left or record.lsn <= lsn:
+                raise UnreadableLogError
+            yield record
+            at, left, lsn = (at + record.sectors) % self._sectors, left - record.sectors, record.lsn
+
+    # Where it ends.
+
+    def _last(self) -> _Record:
+        """Return the last record that counts.
+
+        Each sector says in which round it was written. Where that changes, more or less, is the head: records are
+        written side by side. So this goes from one that was complete before those to the first that is not.
+        """
+        first, low, head = self._round(0), 0, self._sectors
+        while head - low > 1:
+            middle = (low + head) // 2
+            low, head = (middle, head) if self._round(middle) == first else (low, middle)
+        back = min(2 * _IN_FLIGHT, self._sectors - 1)
+        content = self._read(head - back, back)
+        for i in range(back):
+            if content[i * SECTOR : i * SECTOR + 4] == _MAGIC:
+                found = self._follow((head - back + i) % self._sectors)
+                if found is not None:
+                    return found
+        raise UnreadableLogError
+
+    def _follow(self, at: int) -> _Record | None:
+        """Return the last of the records that follow each other from one on; None: it is none."""
+        found: _Record | None = None
+        for _ in range(self._sectors):
+            try:
+                record = self._record(at)
+            except (UnreadableLogError, struct.error):
+                return found
+            # In the same round, or in the next one after the end.
+            if found is not None and record.lsn >> 32 != (found.lsn >> 32) + (
+                found.at + found.sectors >= self._sectors
+            ):
+                return found
+            found, at = record, (at + record.sectors) % self._sectors
+        return found
+
+    # What is in it.
 
     def _read(self, number: int, count: int) -> bytes:
         """Return sectors, around the end."""
         number %= self._sectors
+        if count > self._sectors:
+            raise UnreadableLogError
         before = min(count, self._sectors - number)
-        data = self._disk.read(self._begin + number * _SECTOR, before * _SECTOR)
-        return data + (self._disk.read(self._begin, (count - before) * _SECTOR) if before < count else b"")
+        data = self._disk.read(self._begin + number * SECTOR, before * SECTOR)
+        return data + (self._disk.read(self._begin, (count - before) * SECTOR) if before < count else b"")
 
     def _round(self, number: int) -> int:
         data = self._read(number, 1)
         return int(struct.unpack_from(">I", data, 4 if data[:4] == _MAGIC else 0)[0])
 
-    def last(self) -> _Record | None:
-        """Return the record before the head."""
-        for back in range(1, min(_LONGEST_RECORD, self._sectors)):
-            if self._read(self.head - back + self._sectors, 1)[:4] == _MAGIC:
-                return self._record(self.head - back + self._sectors)
-        return None
-
     def _record(self, number: int) -> _Record:
+        """Return the record whose header is a sector. Raises UnreadableLogError: none that is complete is there."""
         head = self._read(number, 1)
         if head[:4] != _MAGIC:
-            raise _UnreadableError
-        version, length = struct.unpack_from(">II", head, 8)
-        tail, operations, most = (struct.unpack_from(">I", head, at)[0] for at in (28, 40, 320))
+            raise UnreadableLogError
+        version, length, lsn = struct.unpack_from(">IIQ", head, 8)
+        tail, checksum, operations = (struct.unpack_from(order, head, at)[0] for order, at in _FIELDS)
+        form, most = struct.unpack_from(">I16xI", head, 300)
         headers = max(1, -(-most // _PER_HEADER)) if version & 2 else 1
-        count = -(-length // _SECTOR)
-        if headers > 64 or count > 64 * headers or tail >= self._sectors:
-            raise _UnreadableError
+        count = -(-length // SECTOR)
+        if headers > _MOST_HEADERS or count > 64 * headers or tail >= self._sectors or form != _LITTLE_ENDIAN:
+            raise UnreadableLogError
+        if lsn & 0xFFFFFFFF != number:
+            raise UnreadableLogError
         heads, data = self._read(number, headers), bytearray(self._read(number + headers, count))
+        if checksum and checksum != _checksum(heads, bytes(data[:length])):  # mkfs writes none
+            raise UnreadableLogError
         for i in range(count):  # the round stands in place of the first four bytes of each sector
-            at = 44 + 4 * i if i < 64 else i // 64 * _SECTOR + 4 + 4 * (i % 64)
-            data[i * _SECTOR : i * _SECTOR + 4] = heads[at : at + 4]
-        return _Record(number % self._sectors, headers + count, tail, operations, bytes(data[:length]))
-
-    def records(self, tail: int, head: int) -> Iterator[_Record]:
-        """Yield the records from the tail to the head; what was torn at the head counts for nothing."""
-        left = (head - tail) % self._sectors or self._sectors
-        while left > 0:
-            try:
-                record = self._record(tail)
-            except _UnreadableError:
-                if left > 8 * _LONGEST_RECORD:  # more than is ever being written at a time
-                    raise
-                return
-            yield record
-            tail, left = tail + record.sectors, left - record.sectors
+            at = 44 + 4 * i if i < 64 else i // 64 * SECTOR + 4 + 4 * (i % 64)
+            data[i * SECTOR : i * SECTOR + 4] = heads[at : at + 4]
+        return _Record(number, headers + count, lsn, tail, operations, bytes(data[:length]))
 
 
-def _changes(records: Iterator[_Record]) -> Pending:
-    found = Pending()
-    items: dict[int, int] = {}  # of a transaction: how many regions of its item are still to come
-    parts: dict[int, bytes] = {}  # of a region that goes on in the next record
-    for record in records:
-        position = 0
-        for _ in range(record.operations):
-            transaction, length, _, flags = struct.unpack_from(">IIBB", record.data, position)
-            region = record.data[position + 12 : position + 12 + length]
-            position += 12 + length
-            if len(region) != length:
-                raise _UnreadableError
-            if flags & _START:
-                items[transaction] = 0
-            if flags & _COMMIT:
-                items.pop(transaction, None)
-            if transaction not in items or flags & (_START | _COMMIT | _UNMOUNT):
-                continue  # of one that began before the tail nothing is left to be done
-            region = parts.pop(transaction, b"") + region
-            if flags & _CONTINUE:
-                parts[transaction] = region
-            elif items[transaction]:
-                items[transaction] -= 1
-            elif region and not region.startswith(_TRANSACTION):
-                items[transaction] = _note(region, found)
-        if len(found.sectors) > _MOST_SECTORS:
-            return Pending(all=True)
-    return found
+_FIELDS = ((">I", 28), ("<I", _CRC_AT), (">I", 40))
 
 
-def _note(item: bytes, found: Pending) -> int:
-    """Note what an item changes; return how many regions follow it."""
-    kind, regions, flags, length = struct.unpack_from("<HHHH", item)
-    if kind == _INODE_ITEM:
-        found.inodes.add(struct.unpack_from("<Q", item, 16)[0])
-    elif kind == _BUFFER_ITEM:
-        (first,) = struct.unpack_from("<q", item, 8)
-        if not flags & _OF_INODES:
-            found.sectors.update(range(first, first + length))
-    elif kind not in _OTHER_ITEMS:
-        raise _UnreadableError
-    return int(regions) - 1
-
-
-def refuse(what: str) -> GuestError:
-    """Return the error for what the log changes."""
-    return GuestError(
-        f"{what} was changed last in the log of the XFS, which is not replayed; the kernel does that when DISK.rw is "
-        "mounted (backupfs mount --scratch)"
-    )
+def _checksum(heads: bytes, data: bytes) -> int:
+    """Source: fs/xfs/xfs_log.c, xlog_cksum."""
+    state = crc32c(heads[:_CRC_AT] + bytes(4) + heads[_CRC_AT + 4 : _HEADER])
+    for at in range(SECTOR, len(heads), SECTOR):
+        state = crc32c(heads[at : at + _MORE_HEADER], state)
+    return crc32c(data, state)

@@ -2,10 +2,9 @@
 
 import os
 import random
-import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,6 @@ from test_guest_files import (
 )
 
 from backupfs.errors import GuestError
-from backupfs.filesystem import Entry, FileSystem
 from backupfs.guest.xfs import XfsFileSystem
 from backupfs.units import KiB, MiB
 
@@ -111,127 +109,6 @@ def test_version_4(tmp_path: Path) -> None:
         found = system.stat(look(system, "folder/file7"))
         assert (found.mode, found.uid, found.gid, found.size) == (0o100644, 7, 8, 100_000)
         assert system.read(found.inode, 0, 200_000) == (tmp_path / "content").read_bytes()
-
-
-def test_a_log_that_was_not_replayed(tmp_path: Path) -> None:
-    path, moment = make(tmp_path / "disk"), tmp_path / "moment"
-    with closing(open_image(path)) as system:
-        assert system.notes == (), "as mkfs made it"
-    with mounted(path, tmp_path / "mnt") as root:
-        for number in range(100):
-            (root / f"file {number}").write_text("content")
-        os.sync()
-        shutil.copyfile(path, moment)
-    with closing(open_image(moment)) as system:
-        (note,) = system.notes
-        assert "log was not replayed" in note
-        assert "--scratch" in note
-        with pytest.raises(GuestError, match="changed last in the log"):
-            system.list(system.root)
-    with closing(open_image(path)) as system:
-        assert system.notes == (), "unmounted"
-    for _ in range(12):  # the log goes round
-        with mounted(path, tmp_path / "mnt") as root:
-            for number in range(3000):
-                (root / f"more {number}").touch()
-            shutil.rmtree(root, ignore_errors=True)
-        with closing(open_image(path)) as system:
-            assert system.notes == ()
-
-
-def test_what_the_log_changes_can_not_be_read(tmp_path: Path) -> None:
-    """Blocks of a removed file that another one has by now: neither is shown with the other's bytes."""
-    path, moment = make(tmp_path / "disk"), tmp_path / "moment"
-    with mounted(path, tmp_path / "mnt") as root:
-        (root / "kept").mkdir()
-        for number in range(300):
-            (root / f"kept/{number}").write_bytes(b"%d" % number * 3000)
-        (root / "first").write_bytes(b"A" * (200 * MiB))
-        os.sync()
-        run("fsfreeze", "-f", root)
-        shutil.copyfile(path, tmp_path / "frozen")
-        run("fsfreeze", "-u", root)
-        (root / "first").unlink()
-        os.sync()
-        (root / "second").write_bytes(b"B" * (200 * MiB))
-        (root / "kept/7").write_bytes(b"changed")
-        os.sync()
-        shutil.copyfile(path, moment)
-    with closing(open_image(moment)) as system:
-        assert system.notes
-        for entry in _entries(system, system.root):
-            if entry.name == b"first":
-                with pytest.raises(GuestError, match="changed last in the log"):
-                    system.read(entry.stat.inode, 0, MiB)
-                with pytest.raises(GuestError, match="changed last in the log"):
-                    system.runs(entry.stat.inode)
-    with closing(open_image(tmp_path / "frozen")) as system:  # whatever the log says of it, it is all there
-        assert system.read(look(system, "first"), MiB, MiB) == b"A" * MiB
-        for number in range(300):
-            assert system.read(look(system, f"kept/{number}"), 0, 20_000) == b"%d" % number * 3000
-
-
-def _entries(system: FileSystem, inode: int) -> list[Entry]:
-    with suppress(GuestError):
-        return system.list(inode)
-    return []
-
-
-@pytest.mark.parametrize("seed", range(20 if LONG else 3))
-def test_a_disk_that_was_written_to(tmp_path: Path, seed: int) -> None:
-    """What is read of one that was copied while it was written is what the kernel shows after replay, or refused."""
-    path, moment, chance = make(tmp_path / "disk"), tmp_path / "moment", random.Random(seed)
-    with mounted(path, tmp_path / "mnt") as root:
-        for folder in range(20):
-            (root / str(folder)).mkdir()
-            for number in range(50):
-                (root / f"{folder}/{number}").write_bytes(chance.randbytes(chance.choice([10, 5000, 50_000])))
-        os.sync()
-        run("fsfreeze", "-f", root)
-        run("fsfreeze", "-u", root)
-        for _ in range(400):
-            file = root / f"{chance.randrange(5)}/{chance.randrange(60)}"
-            match chance.randrange(4):
-                case 0:
-                    file.unlink(missing_ok=True)
-                case 1:
-                    file.write_bytes(chance.randbytes(chance.choice([10, 5000, 500_000])))
-                case 2:
-                    with file.open("ab") as opened:
-                        opened.write(chance.randbytes(5000))
-                        os.fsync(opened.fileno())
-                case _:
-                    os.sync()
-        shutil.copyfile(path, moment)
-    copy = tmp_path / "copy"
-    shutil.copyfile(moment, copy)
-    with mounted(copy, tmp_path / "mnt"):
-        pass  # the kernel replays it
-    read = 0
-    with mounted(copy, tmp_path / "mnt", read_only=True) as root, closing(open_image(moment)) as system:
-        for folder in system.list(system.root):
-            for entry in _entries(system, folder.stat.inode):
-                with suppress(GuestError):
-                    content = system.read(entry.stat.inode, 0, MiB)
-                    assert content == (root / os.fsdecode(folder.name) / os.fsdecode(entry.name)).read_bytes()
-                    read += 1
-    assert read >= 700, "most was not touched"
-
-
-@pytest.mark.parametrize("options", [("-l", "su=32k"), ("-l", "su=256k"), ("-s", "size=4096")], ids=" ".join)
-def test_a_clean_log_of_any_layout(tmp_path: Path, options: tuple[str, ...]) -> None:
-    path = make(tmp_path / "disk", *options)
-    with closing(open_image(path)) as system:
-        assert system.notes == ()
-    with mounted(path, tmp_path / "mnt") as root:
-        (root / "file").write_text("content")
-        os.sync()
-        shutil.copyfile(path, tmp_path / "moment")
-    with closing(open_image(path)) as system:
-        assert system.notes == ()
-        assert system.read(look(system, "file"), 0, 10) == b"content"
-    with closing(open_image(tmp_path / "moment")) as system:
-        assert system.notes
 
 
 def test_inodes_beyond_32_bits(tmp_path: Path) -> None:
