@@ -23,7 +23,7 @@ def write_content(system: FileSystem, source: Stat, file: int, note: Callable[[i
         if len(content) < end - first:
             raise GuestError(f"the file ends at {first + len(content)}, not at {source.size}")
         for part in parts:
-            _write_all(file, content[part.offset - first : part.end - first], part.offset)
+            write_all(file, content[part.offset - first : part.end - first], part.offset)
         note(sum(part.length for part in parts))
 
 
@@ -59,7 +59,8 @@ def write_out(system: FileSystem, source: Stat, out: BinaryIO) -> None:
         offset += len(piece)
 
 
-def _write_all(file: int, data: memoryview, offset: int) -> None:
+def write_all(file: int, data: memoryview, offset: int) -> None:
+    """Write bytes to a place in a file. Raises OSError."""
     while data:
         done = os.pwrite(file, data, offset)
         data, offset = data[done:], offset + done

@@ -13,8 +13,11 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from backupfs.errors import BackupfsError, GuestError, TargetError
-from backupfs.filesystem import FileSystem, Stat, printable
-from backupfs.services.copy_content import write_content
+from backupfs.filesystem import Stat, printable
+from backupfs.fuse.catalogue import ManyFiles
+from backupfs.fuse.guest_xattrs import GuestXattrs
+from backupfs.fuse.read_ahead import ReadAhead, is_small
+from backupfs.services.copy_content import write_all, write_content
 from backupfs.services.copy_parts import hold, remove_leftovers, temporary_name
 from backupfs.services.guest_path import DEEPEST
 
@@ -24,6 +27,7 @@ _COPIED = (stat.S_IFREG, stat.S_IFLNK, stat.S_IFIFO)
 _DANGEROUS = stat.S_ISUID | stat.S_ISGID
 _ACLS = b"system.posix_acl_"
 _CAPABILITIES = b"security.capability"
+_ZEROES = bytes(512)  # in what is no hole, or a part of one
 _FOR_ALL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # the next file would meet the same
 
 
@@ -85,7 +89,7 @@ class Copier:
     def __exit__(self, *_: object) -> None:
         os.close(self._root)
 
-    def copy(self, system: FileSystem, volume: Hashable, source: Stat, name: str) -> None:
+    def copy(self, system: ManyFiles, volume: Hashable, source: Stat, name: str) -> None:
         """Copy a file or folder.
 
         Args:
@@ -93,6 +97,11 @@ class Copier:
             name: what it is to be called; "": what is in the folder `source`, without itself.
         """
         self._system, self._volume = system, volume
+        # Many small files of a folder, and many attributes, are asked for at once: a question takes 0.1 ms.
+        self._ahead, self._xattrs = (
+            ReadAhead(system.contents),
+            GuestXattrs(system.xattrs, system.xattrs_of, errno.ENODATA),
+        )
         self._tidy(self._root)
         if name:
             self._one(self._root, b"", os.fsencode(name), source, (source.inode,))
@@ -109,7 +118,11 @@ class Copier:
 
     def _inside(self, folder: int, path: bytes, source: Stat, above: tuple[int, ...]) -> None:
         """Copy what is in a folder."""
-        for entry in self._system.list(source.inode):
+        entries = self._system.list(source.inode)
+        found = {entry.name: entry.stat for entry in entries}
+        self._ahead.note(found)
+        self._xattrs.note(found)
+        for entry in entries:
             self._one(folder, path, entry.name, entry.stat, (*above, entry.stat.inode))
 
     def _one(self, folder: int, path: bytes, name: bytes, source: Stat, above: tuple[int, ...]) -> None:
@@ -172,10 +185,24 @@ class Copier:
             hold(file)
         try:
             if stat.S_ISREG(source.mode):
-                write_content(self._system, source, file, self._note)
+                content = self._small_content(source)
+                if content is None:
+                    write_content(self._system, source, file, self._note)
+                else:
+                    write_all(file, memoryview(content), 0)
+                    self._note(len(content))
             self._finish(file, source, path)
         finally:
             os.close(file)
+
+    def _small_content(self, source: Stat) -> bytes | None:
+        """Return the content of a file; None: it is large, may have a hole, or has to be read alone."""
+        if not source.size or not is_small(source):
+            return None
+        content = self._ahead.take(source.inode)
+        if content is None:
+            content = self._ahead.read(source.inode)
+        return None if content is None or len(content) != source.size or _ZEROES in content else content
 
     def _link(self, folder: int, name: bytes, source: Stat) -> bool:
         """Make a hard link to what was copied already; return False if that is not there."""
@@ -220,7 +247,7 @@ class Copier:
                 kept = False
         mode = stat.S_IMODE(source.mode)
         dangerous = bool(mode & _DANGEROUS) and not stat.S_ISDIR(source.mode)
-        xattrs = self._system.xattrs(source.inode) if source.has_xattrs else {}
+        xattrs = dict(self._xattrs.read(source.inode).values) if source.has_xattrs else {}
         left_out = self._system.left_out(source.inode) if source.has_xattrs else ()
         dangerous |= xattrs.pop(_CAPABILITIES, None) is not None
         # An owner who may not write the file can't set xattrs either, so the mode comes after them; an ACL after that.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from backupfs.errors import BackupfsError, GuestError, NotFound, UsageError
 from backupfs.filesystem import Entry, FileSystem, Stat, printable
+from backupfs.fuse.catalogue import ManyFiles
 from backupfs.guest.detect import FAT, NTFS
 from backupfs.repository import names
 from backupfs.repository.repository import Repository
@@ -80,7 +81,7 @@ def choose(files: GuestFiles, where: str, volume: str) -> GuestVolume:
 
 
 @contextmanager
-def open_volume(repository: Repository, path: GuestPath) -> Iterator[tuple[GuestVolume, FileSystem]]:
+def open_volume(repository: Repository, path: GuestPath) -> Iterator[tuple[GuestVolume, ManyFiles]]:
     """Give the volume that a path is in, and its file system. Raises as `open_point` and `choose`."""
     where = f"{path.vm}/{path.point}/{path.disk}"
     with open_point(repository, path.vm, path.point, path.disk) as files:

@@ -17,6 +17,7 @@ from backupfs.errors import BackupfsError, ConnectError, GuestError, NotFound
 from backupfs.extents import Extent
 from backupfs.filesystem import Entry, Run, Stat, shown
 from backupfs.guest import messages
+from backupfs.guest.detect import NTFS
 from backupfs.image import Image
 from backupfs.sources.child import Child
 
@@ -153,6 +154,8 @@ class GuestFileSystem:
         return [None if place is None else found[place] for place in which]
 
     def left_out(self, inode: int) -> Sequence[bytes]:
+        if self._order.family != NTFS:
+            return ()  # nobody else has any
         return self._ask(messages.NamesAnswer, "left_out", inode).names
 
     def _believed(self, row: messages.StatRow) -> Stat:

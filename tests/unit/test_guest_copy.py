@@ -5,7 +5,7 @@ import os
 import pickle
 import stat
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class FakeFiles:
     content: dict[int, bytes] = field(default_factory=dict)
     bad: set[int] = field(default_factory=set)
     reads: int = 0
+    asked: list[list[int]] = field(default_factory=list)  # for contents
 
     def __post_init__(self) -> None:
         self.put(1, stat.S_IFDIR | 0o755)
@@ -67,14 +68,21 @@ class FakeFiles:
             raise GuestError("damaged")
         return self.content[inode][offset : offset + length]
 
+    def contents(self, inodes: Sequence[int], largest: int) -> Sequence[bytes | None]:
+        self.asked.append(list(inodes))
+        return [None if n in self.bad or len(self.content[n]) > largest else self.content[n] for n in inodes]
+
     def extents(self, inode: int, offset: int, length: int) -> Iterator[Extent]:
-        yield Extent(offset, length, False)
+        yield Extent(offset, length, self.content[inode] == bytes(len(self.content[inode])))
 
     def readlink(self, inode: int) -> bytes:
         return self.content[inode]
 
     def xattrs(self, inode: int) -> dict[bytes, bytes]:
         return {b"security.capability": b"\1\0\0\2" + bytes(16)} if self.stats[inode].uid == 4 else {}
+
+    def xattrs_of(self, inodes: Sequence[int]) -> Sequence[Mapping[bytes, bytes] | None]:
+        return [self.xattrs(inode) for inode in inodes]
 
     def left_out(self, inode: int) -> Sequence[bytes]:
         return [b"large\xff"] if self.stats[inode].uid == 4 else []
@@ -453,3 +461,23 @@ def test_names_of_windows_in_any_case() -> None:
 def test_names_do_nothing_to_a_terminal() -> None:
     assert printable(b"plain \xc3\xa4") == "plain ä"
     assert printable(b"\x1b[2J\n\xff\xe2\x80\xae") == "\\x1b[2J\\n\\xff\\u202e"
+
+
+def test_small_files_are_asked_for_together(tmp_path: Path) -> None:
+    system = FakeFiles()
+    contents = {100 + number: b"content of %d" % number * (number + 1) for number in range(300)}
+    contents[150], contents[160], contents[170] = b"", bytes(4096), b"x" * (200 * KiB)  # empty, a hole, large
+    for inode, content in contents.items():
+        system.add(1, b"%d" % inode, inode, content=content)
+    system.bad.add(180)
+    report = copied(system, tmp_path)
+    assert report.failed == [("180", "damaged")]
+    assert (report.files, report.bytes) == (299, sum(map(len, contents.values())) - len(contents[180]) - 4096)
+    for inode, content in contents.items():
+        if inode != 180:
+            assert (tmp_path / str(inode)).read_bytes() == content
+    assert (tmp_path / "160").stat().st_blocks == 0
+    assert len(system.asked) < 30
+    assert {inode for asked in system.asked for inode in asked} == set(contents) - {170}
+    again = copied(system, tmp_path)
+    assert (again.files, again.there) == (0, 299)

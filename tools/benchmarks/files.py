@@ -2,8 +2,8 @@
 
 An ext4 with 10,000 small files in 20 folders, 10,000 names in one folder, and a large file; another one with everything
 but that, whose files have SELinux labels, as all of RHEL's and Fedora's have. Each round has a mount of its own, so
-nothing is known of the file system before; where a row says so, page caches are dropped too. What is copied goes to a
-tmpfs. Root, for the loop mount, the labels and the caches.
+nothing is known of the file system before, and `backupfs cp` has none at all; where a row says so, page caches are
+dropped too. What is copied goes to a tmpfs. Root, for the loop mount, the labels and the caches.
 """
 
 import argparse
@@ -54,18 +54,25 @@ def _back_up(place: Workplace, raw: Path, codec: str, name: str) -> Path:
 
 
 def _measure_copies(place: Workplace, report: Report, rounds: int, repository: Path, what: str) -> None:
-    ours, theirs = [], []
+    by_rsync, by_cp, rsyncs, cps = [], [], [], []
     for number in range(rounds + 1):
         with place.mounted(repository) as mount:
-            mine = _copy(place, _files(mount) / "tree")
+            mine = _copy(place, "rsync", "-aHAX", f"{_files(mount)}/tree")
             with _loop_mounted(place, mount) as mounted:
-                peer = _copy(place, mounted / "tree")
+                peers = (_copy(place, *command, mounted / "tree") for command in (("rsync", "-aHAX"), ("cp", "-a")))
+                rsync, cp = peers
+        ours = _copy(place, BACKUPFS, "-r", repository, "cp", "vm/latest/vda:/tree")
         if number:
-            ours.append(mine)
-            theirs.append(peer)
-    row = f"rsync -aHAX of {what}"
-    report.add(Row(row, ours, "s", "loop mount of DISK.raw", theirs, at_most=_COPY_LIMIT))
-    report.say(row)
+            by_rsync.append(mine)
+            rsyncs.append(rsync)
+            by_cp.append(ours)
+            cps.append(cp)
+    for row, values, peer, theirs, limit in (
+        ("rsync -aHAX", by_rsync, "loop mount of DISK.raw", rsyncs, _COPY_LIMIT),
+        ("backupfs cp, not mounted,", by_cp, "cp -a from a loop mount of DISK.raw", cps, None),
+    ):
+        report.add(Row(f"{row} of {what}", values, "s", peer, theirs, at_most=limit))
+        report.say(f"{row} of {what}")
 
 
 def _measure_listings(place: Workplace, report: Report, rounds: int, repository: Path, what: str) -> None:
@@ -123,14 +130,14 @@ def _loop_mounted(place: Workplace, mount: Mount) -> Iterator[Path]:
         unmount(mounted)
 
 
-def _copy(place: Workplace, source: Path) -> float:
-    """Copy a tree to a tmpfs by rsync, with cold caches; return the seconds."""
+def _copy(place: Workplace, *command: str | Path) -> float:
+    """Have something copied to a tmpfs, which comes last in its command, with cold caches; return the seconds."""
     copied = place.new_path("tmpfs")
     copied.mkdir()
     run("mount", "-t", "tmpfs", "-o", "size=90%", "bench", copied)
     try:
         drop_caches()
-        return _seconds("rsync", "-aHAX", f"{source}/", f"{copied}/")
+        return _seconds(*command, copied)
     finally:
         unmount(copied)
 
