@@ -251,13 +251,15 @@ class GuestLane:
     @contextlib.contextmanager
     def _refusing(self, job: _Open | _Ask, doing: str) -> Iterator[None]:
         """Answer with an errno what raises. What answers otherwise does not."""
+        is_acl = isinstance(job, _Ask) and job.name in self._acls
         try:
             yield
-        except NotFound as e:
-            self._refuse(job, errno.ESTALE if isinstance(e, Stale) else errno.ENOENT)
+        except Stale:
+            self._refuse(job, errno.ESTALE)
+        except NotFound:
+            self._refuse(job, errno.EACCES if is_acl else errno.ENOENT)
         except Exception as e:  # noqa: BLE001, nothing may end the thread
             self._guests.complain(job.inode, doing, e)
-            is_acl = isinstance(job, _Ask) and job.name in self._acls
             self._refuse(job, errno.EACCES if is_acl else errno.EIO)
 
     def _refuse(self, job: _Open | _Ask, code: int) -> None:

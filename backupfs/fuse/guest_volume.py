@@ -26,6 +26,7 @@ _REMEMBERED = 50_000  # names in folders, and the inodes; about 500 bytes each
 _LONGEST_NAME = 1024  # FUSE_NAME_MAX
 _LONGEST_TARGET = 4095  # PATH_MAX
 _TYPES = frozenset((stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK))
+_NO_USER, _NOBODY = 2**32 - 1, 65534
 _LAST_NS = 2**62  # of a time; the years 1823 to 2116
 
 
@@ -195,6 +196,10 @@ def sound(found: Stat) -> Stat:
 
 
 def _clamped(found: Stat) -> Stat:
+    if _NO_USER in (found.uid, found.gid):
+        # Nobody may be that, so nobody, root neither, could pass by the modes of what is his. Linux' overflowuid.
+        uid, gid = (_NOBODY if number == _NO_USER else number for number in (found.uid, found.gid))
+        found = replace(found, uid=uid, gid=gid)
     times = found.atime_ns, found.mtime_ns, found.ctime_ns
     if all(-_LAST_NS <= time <= _LAST_NS for time in times):
         return found

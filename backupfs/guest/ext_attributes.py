@@ -6,7 +6,7 @@ Source: Linux, fs/ext4/xattr.h, xattr.c; acl.h, acl.c.
 import struct
 from collections.abc import Iterator
 
-from backupfs.errors import GuestError
+from backupfs.errors import GuestError, NotFound
 from backupfs.guest.crc32c import crc32c
 from backupfs.guest.ext_inode import EA_INODE_FLAG, Inode, Inodes
 from backupfs.guest.ext_map import Map
@@ -89,7 +89,10 @@ def _value(values: bytes, at: int, size: int) -> bytes:
 
 def _far_value(inodes: Inodes, places: Map, number: int, size: int) -> bytes:
     """Return a value that has an inode of its own."""
-    holder = inodes.get(number)
+    try:
+        holder = inodes.get(number)
+    except NotFound as e:
+        raise GuestError(f"the inode of an extended attribute is none: {e}") from e
     if not holder.flags & EA_INODE_FLAG or holder.size != size or size > _LONGEST:
         raise GuestError(f"the inode of an extended attribute ({number}) is damaged")
     return places.read(holder, 0, size)

@@ -49,6 +49,8 @@ class XfsFileSystem:
             self.notes = (_NOTE,)
 
     def stat(self, inode: int) -> Stat:
+        if self._replayed:
+            self._refuse_pending(inode)  # also of what is half of something
         found = self._disk.inode(inode)
         is_device = st.S_ISCHR(found.mode) or st.S_ISBLK(found.mode)
         if is_device and (found.form != DEVICE or len(found.data) < 4):

@@ -93,15 +93,16 @@ class Disk:
         self._volume = volume
         self._is_replayed = is_replayed
         head = self.read(0, 512)
+        self.log_uuid: bytes = head[32:48]
         self.block, blocks = struct.unpack_from(">IQ", head, 4)
         log, self.root = struct.unpack_from(">QQ", head, 48)
-        self._group_blocks, groups, _, self.log_blocks, versions = struct.unpack_from(">IIIIH", head, 84)
+        self.group_blocks, groups, _, self.log_blocks, versions = struct.unpack_from(">IIIIH", head, 84)
         sector, self.inode_size, per_block = struct.unpack_from(">HHH", head, 102)
         block_log, _, _, self._per_block_log, self._group_log = struct.unpack_from("5B", head, 120)
         features2, _, _, _, incompat = struct.unpack_from(">5I", head, 200)
         self.version = versions & 0xF
         self.folder_block = self.block << min(head[192], 8)
-        self.uuid: bytes = head[248:264] if self.version == 5 and incompat & _META_UUID else head[32:48]
+        self.uuid: bytes = head[248:264] if self.version == 5 and incompat & _META_UUID else self.log_uuid
         self.has_types = bool(incompat & _TYPES if self.version == 5 else features2 & _TYPES_OF_V4)
         if self.version == 5 and not is_replayed(0, 512):
             self._check_sum(self.read(0, min(max(sector, 512), 32768)), 224, "its superblock")
@@ -112,9 +113,9 @@ class Disk:
             and 512 <= self.block == 1 << min(block_log, 16)
             and 256 <= self.inode_size <= min(self.block, 2048)
             and per_block == 1 << min(self._per_block_log, 16) == self.block // self.inode_size
-            and 0 < self._group_blocks <= 1 << min(self._group_log, 31)
+            and 0 < self.group_blocks <= 1 << min(self._group_log, 31)
             and self.block <= self.folder_block <= 65536
-            and 0 < blocks <= min(volume.size // self.block, groups * self._group_blocks)
+            and 0 < blocks <= min(volume.size // self.block, groups * self.group_blocks)
         )
         if not sane:
             raise GuestError("its superblock makes no sense, or the volume is too short")
@@ -160,8 +161,8 @@ class Disk:
     def address(self, block: int) -> int:
         """Return where a block lies, by its number, in bytes. Raises GuestError."""
         group, inside = block >> self._group_log, block & ((1 << self._group_log) - 1)
-        number: int = group * self._group_blocks + inside
-        if inside >= self._group_blocks or number >= self._blocks:
+        number: int = group * self.group_blocks + inside
+        if inside >= self.group_blocks or number >= self._blocks:
             raise GuestError(f"there is no block {block:#x}")
         return number * int(self.block)
 

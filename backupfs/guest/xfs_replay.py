@@ -22,7 +22,8 @@ from crc32c import crc32c
 from backupfs.errors import GuestError, NotFound
 from backupfs.extents import Extent
 from backupfs.guest.xfs_disk import Disk
-from backupfs.guest.xfs_log import SECTOR, Log, Transaction, UnreadableLogError
+from backupfs.guest.xfs_log import Log, Region, Transaction
+from backupfs.guest.xfs_records import SECTOR, UnreadableLogError
 from backupfs.image import Buffer, Image, check_range
 
 _INODE, _BUFFER, _NEW_INODES = 0x123B, 0x123C, 0x123F
@@ -31,7 +32,7 @@ _OTHERS = frozenset((*range(0x1236, 0x1239), 0x123D, 0x123E, *range(0x1240, 0x12
 _BEGUN = {0x1244: "mapping", 0x1246: "attributes", 0x1248: "exchange"}  # BUI, ATTRI, XMI
 _ENDED = frozenset((0x1245, 0x1247, 0x1249))  # BUD, ATTRD, XMD
 _OF_INODES, _CANCEL = 0x1, 0x2  # of a buffer: only the list of unlinked inodes is changed; it was freed
-_CHUNK = 128  # bytes of a buffer that a bit of its map is for
+_CHUNK, _MOST_WORDS = 128, 17  # bytes of a buffer that a bit of its map is for; words of that
 _CORE = 176
 _FORKS = ((0x02 | 0x04, 0x08), (0x40 | 0x80, 0x100))  # fields of an inode item, for each fork: as it is, a tree's root
 _DEVICE, _OWNER_CHANGE = 0x10, 0x200 | 0x400
@@ -107,7 +108,7 @@ class Replayed:
         self.readinto(offset, buffer)
         return bytes(buffer)
 
-    def put(self, offset: int, content: bytes) -> None:
+    def put(self, offset: int, content: Region) -> None:
         """Change a range. Raises UnreadableLogError: it is not on the volume, or too much would have changed."""
         if not 0 <= offset <= self.size - len(content):
             raise UnreadableLogError
@@ -173,8 +174,8 @@ def _changes(log: Log) -> Pending:
                 found.inodes.update(_owners(kind, item[0]))
             elif kind not in _ENDED and kind != _NEW_INODES and kind not in _OTHERS:
                 raise UnreadableLogError
-        if len(found.sectors) > _MOST_SECTORS:
-            raise UnreadableLogError
+            if len(found.sectors) > _MOST_SECTORS:
+                raise UnreadableLogError
     return found
 
 
@@ -186,6 +187,7 @@ class _Replay:
         self._log = log
         self._image = image
         self._cancelled: Counter[tuple[int, int]] = Counter()  # buffers that the log frees: sector, sectors
+        self._cancelled_at: Counter[int] = Counter()  # the same, by sectors alone
         self._begun: dict[int, tuple[int, ...]] = {}  # by its number: the inodes
         self._refused: set[int] = set()
 
@@ -195,13 +197,15 @@ class _Replay:
             for item in transaction.items:
                 kind, flags, length = struct.unpack_from("<H2xHH", item[0])
                 if kind == _BUFFER and flags & _CANCEL:
-                    self._cancelled[struct.unpack_from("<q", item[0], 8)[0], length] += 1
+                    (first,) = struct.unpack_from("<q", item[0], 8)
+                    self._cancelled[first, length] += 1
+                    self._cancelled_at[first] += 1
         for transaction in self._log.transactions():
             for item in _in_order(transaction):
                 self._replay(transaction.lsn, item)
         return Pending(self._refused.union(*self._begun.values()))
 
-    def _replay(self, lsn: int, item: Sequence[bytes]) -> None:
+    def _replay(self, lsn: int, item: Sequence[Region]) -> None:
         (kind,) = struct.unpack_from("<H", item[0])
         if kind == _BUFFER:
             self._buffer(lsn, item)
@@ -216,14 +220,17 @@ class _Replay:
         elif kind not in _OTHERS:
             raise UnreadableLogError
 
-    def _buffer(self, lsn: int, item: Sequence[bytes]) -> None:
+    def _buffer(self, lsn: int, item: Sequence[Region]) -> None:
         """Source: xlog_recover_buf_commit_pass2, xlog_recover_do_reg_buffer."""
         flags, length, first, words = struct.unpack_from("<HHqI", item[0], 4)
         if flags & _CANCEL:
             self._cancelled[first, length] -= 1
+            self._cancelled_at[first] -= 1
             return
         if self._cancelled[first, length] > 0 or flags & _OF_INODES:
             return
+        if words > _MOST_WORDS:
+            raise UnreadableLogError
         at, size = first * SECTOR, length * SECTOR
         if self._is_newer(self._image.get(at, min(size, SECTOR)), lsn):
             return
@@ -254,16 +261,14 @@ class _Replay:
         (found,) = struct.unpack_from(">Q", head, place[0])
         return found not in (0, 2**64 - 1) and found >= lsn
 
-    def _inode(self, lsn: int, item: Sequence[bytes]) -> None:
+    def _inode(self, lsn: int, item: Sequence[Region]) -> None:
         """Source: xlog_recover_inode_commit_pass2, xfs_log_dinode_to_disk."""
         fields, number, rdev, first, length, offset = _inode_format(item[0])
         if fields & _OWNER_CHANGE:
             self._refused.add(number)
         if self._cancelled[first, length] > 0:
             return
-        at = self._disk.place(number)
-        if at != first * SECTOR + offset:
-            raise UnreadableLogError
+        at = first * SECTOR + offset
         raw = bytearray(self._image.get(at, self._disk.inode_size))
         (newer,) = struct.unpack_from(">Q", raw, 112)
         if raw[:2] != b"IN" or raw[4] != 3:
@@ -276,10 +281,10 @@ class _Replay:
         if fields & _DEVICE:
             struct.pack_into(">I", raw, _CORE, rdev)
         middle = _CORE + raw[82] * 8 if raw[82] else len(raw)
-        regions = iter(item[2:])
+        regions = list(item[2:])  # without any, what is said of the forks counts for nothing
         for (plain, root), begin, end in zip(_FORKS, (_CORE, middle), (middle, len(raw)), strict=True):
-            if fields & (plain | root):
-                content = next(regions)
+            if len(item) > 2 and fields & (plain | root):
+                content = regions.pop(0)
                 if fields & root:
                     content = _root(content, end - begin)
                 if begin + len(content) > end or end > len(raw):
@@ -288,16 +293,15 @@ class _Replay:
         struct.pack_into("<I", raw, 100, crc32c(bytes(raw[:100]) + bytes(4) + bytes(raw[104:])))
         self._image.put(at, bytes(raw))
 
-    def _new_inodes(self, item: bytes) -> None:
+    def _new_inodes(self, item: Region) -> None:
         """Source: xlog_recover_icreate_commit_pass2, xfs_ialloc_inode_init."""
         group, block, count, size, length, generation = struct.unpack_from(">6I", item, 4)
         disk = self._disk
-        first = disk.first_inode(group, block)
-        begin = disk.place(first)
-        if size != disk.inode_size or count * size != length * disk.block or not 0 < count <= 64:
+        first, begin = disk.first_inode(group, block), (group * disk.group_blocks + block) * disk.block
+        most = max(64, disk.block // size if size else 0)
+        if size != disk.inode_size or count * size != length * disk.block or not 0 < count <= most:
             raise UnreadableLogError
-        sectors = range(begin // SECTOR, (begin + count * size) // SECTOR)
-        if any(times > 0 and at in sectors for (at, _), times in self._cancelled.items()):
+        if any(self._cancelled_at[at] > 0 for at in range(begin // SECTOR, (begin + count * size) // SECTOR)):
             return
         everything = bytearray(count * size)
         for i in range(count):
@@ -309,10 +313,10 @@ class _Replay:
         self._image.put(begin, bytes(everything))
 
 
-def _in_order(transaction: Transaction) -> Iterator[list[bytes]]:
+def _in_order(transaction: Transaction) -> Iterator[Sequence[Region]]:
     """Yield what a transaction changes in the order of replay. Source: xlog_recover_reorder_trans."""
 
-    def place(item: Sequence[bytes]) -> int:
+    def place(item: Sequence[Region]) -> int:
         kind, flags = struct.unpack_from("<H2xH", item[0])
         if kind == _BUFFER:
             return 3 if flags & _CANCEL else 2 if flags & _OF_INODES else 0
@@ -321,7 +325,7 @@ def _in_order(transaction: Transaction) -> Iterator[list[bytes]]:
     return iter(sorted(transaction.items, key=place))
 
 
-def _inode_format(item: bytes) -> tuple[int, int, int, int, int, int]:
+def _inode_format(item: Region) -> tuple[int, int, int, int, int, int]:
     """Return fields, inode, device, sector and sectors of its buffer, offset in it. 32-bit systems leave no gaps."""
     if len(item) == struct.calcsize("<HHIHHQ16sqii"):
         _, _, fields, _, _, number, rdev, first, length, offset = struct.unpack("<HHIHHQI12xqii", item)
@@ -330,7 +334,7 @@ def _inode_format(item: bytes) -> tuple[int, int, int, int, int, int]:
     return fields, number, rdev, first, length, offset
 
 
-def _owners(kind: int, item: bytes) -> tuple[int, ...]:
+def _owners(kind: int, item: Region) -> tuple[int, ...]:
     """Return whose contents something that was begun changes. Source: xfs_log_format.h."""
     if _BEGUN[kind] == "mapping":
         (count,) = struct.unpack_from("<I", item, 4)
@@ -340,7 +344,7 @@ def _owners(kind: int, item: bytes) -> tuple[int, ...]:
     return struct.unpack_from("<Q" if _BEGUN[kind] == "attributes" else "<QQ", item, 16)
 
 
-def _core(logged: bytes, unlinked: bytes | bytearray, lsn: int) -> bytes:
+def _core(logged: Region, unlinked: Region, lsn: int) -> bytes:
     """Return what an inode begins with, as it is on the disk. Source: xfs_log_dinode_to_disk."""
     if len(logged) < _CORE or logged[:2] != b"NI":
         raise UnreadableLogError
@@ -375,11 +379,11 @@ def _core(logged: bytes, unlinked: bytes | bytearray, lsn: int) -> bytes:
     )
 
 
-def _moment(logged: bytes, *, is_big: bool) -> bytes:
+def _moment(logged: Region, *, is_big: bool) -> Region:
     return logged[::-1] if is_big else logged[:4][::-1] + logged[4:][::-1]
 
 
-def _root(block: bytes, room: int) -> bytes:
+def _root(block: Region, room: int) -> bytes:
     """Return the root of a tree of extents as an inode has it. Source: xfs_bmbt_to_bmdr."""
     header = 72
     (entries,) = struct.unpack_from(">H", block, 6)

@@ -172,3 +172,55 @@ def test_a_root_without_all_permissions_reads_everything_too(shown: Mounted, tmp
     path = shown.at("vda.files", "0", "file")
     run(*less, *BACKUPFS, "-r", shown.repository, "mount", shown.path)
     assert run(*less, "cat", path) == path.read_text() == "file"
+
+
+def test_an_attribute_whose_inode_is_none(shown: Mounted, tmp_path: Path) -> None:
+    """Damage in another attribute does not make a file or folder disappear when its ACL is asked for."""
+    disk = make_ext4(tmp_path / "disk", "-O", "^metadata_csum")
+    with mounted(disk, tmp_path / "mnt") as root:
+        (root / "folder").mkdir()
+        (root / "folder/inside").write_text("inside")
+        (root / "file").write_text("file")
+        for path in (root / "file", root / "folder"):
+            path.chmod(0o770)
+            os.setxattr(path, "user.large1", b"v" * 7)
+            os.chown(path, 1000, 1000)
+    content, entry, found = bytearray(disk.read_bytes()), b"\x06\x01", 0
+    at = content.find(b"large1")
+    while at >= 0:
+        if content[at - 16 : at - 14] == entry:  # name_len, name_index; then value_offs, value_inum
+            struct.pack_into("<I", content, at - 12, 0xFFFFFFF0)
+            found += 1
+        at = content.find(b"large1", at + 1)
+    assert found
+    disk.write_bytes(content)
+    shown.add(vda=disk)
+    shown.mount()
+    files = shown.at("vda.files", "0")
+    for _ in range(2):
+        assert (files / "file").read_text() == "file"
+        assert os.listdir(files / "folder") == ["inside"]
+        assert (files / "folder/inside").read_text() == "inside"
+        fails_with(errno.EACCES, os.getxattr, files / "file", ACCESS)
+        fails_with(errno.EIO, os.getxattr, files / "file", "user.large1")
+
+
+def test_what_belongs_to_nobody_that_can_be(shown: Mounted, tmp_path: Path) -> None:
+    """To -1 not even root has all rights, so it is shown as the kernel shows users that there are none."""
+    disk = make_ext4(tmp_path / "disk")
+    with mounted(disk, tmp_path / "mnt") as root:
+        for name in ("uid", "gid"):
+            (root / name).mkdir()
+            (root / name / "file").write_text(name)
+            (root / name / "file").chmod(0o600)
+            (root / name).chmod(0o700)
+    for name in ("uid", "gid"):
+        for path in (f"/{name}", f"/{name}/file"):
+            run("debugfs", "-w", "-R", f"set_inode_field {path} {name} 4294967295", disk)
+    shown.add(vda=disk)
+    shown.mount()
+    for name in ("uid", "gid"):
+        folder = shown.at("vda.files", "0", name)
+        assert os.listdir(folder) == ["file"]
+        assert (folder / "file").read_text() == name
+        assert getattr((folder / "file").stat(), f"st_{name}") == 65534

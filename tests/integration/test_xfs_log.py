@@ -23,23 +23,28 @@ from backupfs.filesystem import FileSystem
 from backupfs.guest import xfs_replay
 from backupfs.guest.xfs import XfsFileSystem
 from backupfs.guest.xfs_disk import Disk
-from backupfs.guest.xfs_log import SECTOR, Log, UnreadableLogError
+from backupfs.guest.xfs_log import Log
+from backupfs.guest.xfs_log_ends import _before, _behind
+from backupfs.guest.xfs_records import SECTOR, Records, UnreadableLogError
 from backupfs.units import MiB
 
 pytestmark = pytest.mark.timeout(300 if not LONG else 3600)
 
 GOING_DOWN, FLUSH_LOG, NO_FLUSH = 0x8004587D, 1, 2  # XFS_IOC_GOINGDOWN and its flags
 CLONE = 0x40049409  # FICLONE
-LAYOUTS = (
-    (),
-    ("-b", "size=1024"),
-    ("-n", "size=16384"),
-    ("-i", "nrext64=1,size=2048"),
-    ("-m", "bigtime=0,reflink=0,rmapbt=0,finobt=0"),
-    ("-l", "su=32k"),
-    ("-l", "su=256k"),
-    ("-s", "size=4096"),
+LAYOUTS = (  # of mkfs, and of mount
+    ((), "rw"),
+    (("-b", "size=1024"), "rw"),
+    (("-n", "size=16384"), "logbsize=64k"),
+    (("-i", "nrext64=1,size=2048"), "logbsize=256k"),
+    (("-m", "bigtime=0,reflink=0,rmapbt=0,finobt=0"), "rw"),
+    (("-l", "su=32k"), "rw"),
+    (("-l", "su=256k"), "rw"),
+    (("-s", "size=4096"), "logbsize=128k"),
 )
+SMALL_LOG = ("-l", "size=8m", "-m", "reflink=0,rmapbt=0")
+TINY_LOG = ("-l", "size=860b", "-m", "reflink=0,rmapbt=0")
+UNCHECKED = {"TEST_DIR": "/", "TEST_DEV": "/", "QA_CHECK_FS": "1"}  # has mkfs.xfs make small logs, as it did once
 
 
 @pytest.fixture(autouse=True)
@@ -51,17 +56,21 @@ def no_image_stays(tmp_path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def in_use(disk: Path, folder: Path, flag: int = NO_FLUSH) -> Iterator[Path]:
+def in_use(disk: Path, folder: Path, flag: int = NO_FLUSH, options: str = "rw") -> Iterator[Path]:
     """Mount a disk; afterwards it is as after a power cut. What the log has by then is not written to its places."""
-    with mounted(disk, folder) as root:
+    folder.mkdir(exist_ok=True)
+    run("mount", "-o", f"loop,{options}", disk, folder)
+    try:
         try:
-            yield root
+            yield folder
         finally:
-            number = os.open(root, os.O_RDONLY)
+            number = os.open(folder, os.O_RDONLY)
             try:
                 fcntl.ioctl(number, GOING_DOWN, struct.pack("I", flag))
             finally:
                 os.close(number)
+    finally:
+        run("umount", folder)
 
 
 @contextmanager
@@ -145,14 +154,14 @@ CHANGES: tuple[Callable[[Path, Path, random.Random], object], ...] = (
 )
 
 
-@pytest.mark.parametrize("options", LAYOUTS, ids=lambda options: " ".join(options) or "default")
-def test_a_log_is_replayed(tmp_path: Path, options: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("options", "mount"), LAYOUTS, ids=[" ".join((*o, m)) for o, m in LAYOUTS])
+def test_a_log_is_replayed(tmp_path: Path, options: tuple[str, ...], mount: str) -> None:
     """Again and again on the same disk, so that the log goes round and what is older and newer is mixed."""
     disk, copy, chance = make(tmp_path / "disk", *options), tmp_path / "copy", random.Random(repr(options))
     with closing(open_image(disk)) as system:
         assert (system.notes, system.list(system.root)) == ((), []), "as mkfs made it"
     for _ in range(20 if LONG else 3):
-        with in_use(disk, tmp_path / "mnt", chance.choice((FLUSH_LOG, NO_FLUSH, NO_FLUSH))) as root:
+        with in_use(disk, tmp_path / "mnt", chance.choice((FLUSH_LOG, NO_FLUSH, NO_FLUSH)), mount) as root:
             change(root, chance, chance.randrange(1, 600))
         shutil.copyfile(disk, copy)
         with as_the_kernel_shows(copy, tmp_path / "mnt") as shown, closing(open_image(disk)) as system:
@@ -167,10 +176,12 @@ def test_a_log_is_replayed(tmp_path: Path, options: tuple[str, ...]) -> None:
                 assert differences(system, root) == []
 
 
-def test_what_changed_hands_in_the_log(tmp_path: Path) -> None:
-    """Blocks of a removed file that another one has by now, and inodes too."""
+@pytest.mark.parametrize("before", ["rw", "logbsize=64k"])
+def test_what_changed_hands_in_the_log(tmp_path: Path, before: str) -> None:
+    """Blocks of a removed file that another one has by now, and inodes too; behind records of another size."""
     disk = make(tmp_path / "disk")
-    with mounted(disk, tmp_path / "mnt") as root:
+    (tmp_path / "mnt").mkdir()
+    with mounted_with(before, disk, tmp_path / "mnt") as root:
         (root / "first").write_bytes(b"A" * (200 * MiB))
         (root / "folder").mkdir()
         for number in range(300):
@@ -193,14 +204,135 @@ def test_what_changed_hands_in_the_log(tmp_path: Path) -> None:
             assert system.read(look(system, f"new {number}"), 0, 1000) == b"%d" % number * 100
 
 
+@contextmanager
+def mounted_with(options: str, disk: Path, folder: Path) -> Iterator[Path]:
+    run("mount", "-o", f"loop,{options}", disk, folder)
+    try:
+        yield folder
+    finally:
+        run("umount", folder)
+
+
+def assert_same(disk: Path, folder: Path) -> None:
+    """Compare with the kernel's view."""
+    copy = disk.with_name("copy of it")
+    shutil.copyfile(disk, copy)
+    with as_the_kernel_shows(copy, folder) as shown, closing(open_image(disk)) as system:
+        assert shown
+        assert system.notes == ()
+        assert differences(system, shown) == []
+
+
+@pytest.mark.parametrize("options", [TINY_LOG, SMALL_LOG], ids=["860 blocks", "8 MiB"])
+def test_a_small_log(tmp_path: Path, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes round many times; behind its head the kernel clears 2 MiB of it at each mount."""
+    for name, value in UNCHECKED.items():
+        monkeypatch.setenv(name, value)
+    disk, chance = make(tmp_path / "disk", *options), random.Random(9)
+    for _ in range(3):
+        with mounted(disk, tmp_path / "mnt") as root:
+            (root / "file").write_bytes(chance.randbytes(10))
+        assert_same(disk, tmp_path / "mnt")
+    for _ in range(20 if LONG else 4):
+        with in_use(disk, tmp_path / "mnt", chance.choice((FLUSH_LOG, NO_FLUSH))) as root:
+            change(root, chance, chance.randrange(100, 800))
+        assert_same(disk, tmp_path / "mnt")
+
+
+def test_a_file_system_that_grew(tmp_path: Path) -> None:
+    disk = make(tmp_path / "disk")
+    os.truncate(disk, 900 * MiB)
+    with in_use(disk, tmp_path / "mnt", FLUSH_LOG) as root:
+        run("xfs_growfs", root)
+        for number in range(20):
+            (root / f"folder {number}").mkdir()
+            (root / f"folder {number}/file").write_bytes(b"x" * 5000)
+        change(root, random.Random(3), 100)
+        os.sync()
+    assert_same(disk, tmp_path / "mnt")
+
+
+def test_large_blocks(tmp_path: Path) -> None:
+    disk = make(tmp_path / "disk", "-b", "size=65536", "-m", "reflink=0,rmapbt=0")
+    try:
+        with in_use(disk, tmp_path / "mnt", FLUSH_LOG) as root:
+            change(root, random.Random(3), 100)
+    except AssertionError:
+        pytest.skip("this kernel mounts no blocks of 64 KiB")
+    assert_same(disk, tmp_path / "mnt")
+
+
+def test_only_the_last_records_can_be_torn(tmp_path: Path) -> None:
+    """One that is damaged further back is damage: Linux does not mount it, and nothing of it is shown."""
+    disk, copy = make(tmp_path / "disk"), tmp_path / "copy"
+    with in_use(disk, tmp_path / "mnt") as root:
+        for number in range(40):
+            (root / f"file {number}").touch()
+            os.sync()
+    _, records, _ = log_of(disk)
+    assert len(records) > 30
+    for back, is_torn in ((1, True), (5, True), (8, True), (9, False), (12, False), (30, False)):
+        shutil.copyfile(disk, copy)
+        with copy.open("r+b") as file:
+            file.seek((records[-back] + 1) * SECTOR + 100)
+            file.write(b"????")
+        with closing(open_image(copy)) as system, as_the_kernel_shows(copy, tmp_path / "mnt") as shown:
+            assert (shown is not None) == is_torn, back
+            if shown:
+                assert (system.notes, differences(system, shown)) == ((), [])
+            else:
+                assert "log was not replayed" in system.notes[0]
+
+
+def test_a_tail_that_was_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record right behind the head, which is the tail by the last one: what tore it was behind that."""
+    for name, value in UNCHECKED.items():
+        monkeypatch.setenv(name, value)
+    disk = make(tmp_path / "disk", *SMALL_LOG)
+    with in_use(disk, tmp_path / "mnt", FLUSH_LOG) as root:
+        for _ in range(8):  # until it has gone round
+            names = [root / f"file {number} {'n' * 80}" for number in range(1500)]
+            for number, name in enumerate(names):
+                name.touch()
+                name.chmod(0o600)
+                if number % 40 == 0:
+                    os.sync()
+            for name in names:
+                name.unlink()
+        for number in range(30):
+            (root / f"kept {number}").write_text(str(number))
+            os.sync()
+    first, records, head = log_of(disk)
+    with closing(FileImage(disk)) as image:
+        log = Records(Disk(image))
+        oldest = _behind(log, head - first, head - first, 1)
+        last = log.record(records[-1] - first)
+        content = bytearray(log.read(last.at, last.sectors))
+        lsn = log.record(oldest).lsn
+        assert lsn >> 32 == (last.lsn >> 32) - 1
+    struct.pack_into(">Q", content, 24, lsn)
+    length = struct.unpack_from(">I", content, 12)[0]
+    head_sum = crc32c(bytes(content[:32]) + bytes(4) + bytes(content[36:328]))
+    struct.pack_into("<I", content, 32, crc32c(bytes(content[SECTOR : SECTOR + length]), head_sum))
+    with disk.open("r+b") as file:
+        file.seek((first + last.at) * SECTOR)
+        file.write(content)
+    assert_same(disk, tmp_path / "mnt")
+    with disk.open("r+b") as file:
+        file.seek((first + oldest + 1) * SECTOR)
+        file.write(b"\x55" * SECTOR)
+    assert_same(disk, tmp_path / "mnt")
+
+
 def log_of(disk: Path) -> tuple[int, list[int], int]:
-    """Return where the log is, where its records begin, and its head: sectors of the disk."""
+    """Return where the log is, where its records begin (of a clean one the last), and its head: sectors of the disk."""
     with closing(FileImage(disk)) as image:
         volume = Disk(image)
-        log = Log(volume)
+        log, sectors = Log(volume), Records(volume)
         assert volume.log_at is not None
-        first = volume.log_at // SECTOR
-        return first, [first + record.at for record in log._records()], first + log._head
+        first, head = volume.log_at // SECTOR, log.ends.head
+        begins = [record.at for record in log.records()] or [_before(sectors, head, head, 1)]
+        return first, [first + at for at in begins], first + head
 
 
 def zero(disk: Path, first: int, end: int) -> None:
@@ -347,10 +479,10 @@ def test_a_log_on_another_disk_or_of_no_length(tmp_path: Path) -> None:
             Log(volume)
 
 
-def append(disk: Path, *items: bytes) -> None:
-    """Write a transaction with these items, one region each, behind the last one in the log."""
+def append(disk: Path, *items: bytes, end: int = 0x2) -> None:
+    """Write a transaction with these items, one region each, behind the last one in the log. `end`: the last flag."""
     regions = [struct.pack("<IIII", 0x5452414E, 40, 77, len(items)), *items]
-    operations = [(b"", 0x1), *((region, 0) for region in regions), (b"", 0x2)]
+    operations = [(b"", 0x1), *((region, 0) for region in regions), (b"", end)]
     data = b"".join(struct.pack(">IIBBxx", 77, len(region), 0x69, flags) + region for region, flags in operations)
     data = data.ljust(-(-len(data) // SECTOR) * SECTOR, b"\0")
     first, records, head = log_of(disk)
@@ -359,7 +491,7 @@ def append(disk: Path, *items: bytes) -> None:
         before = file.read(SECTOR)
         (cycle,) = struct.unpack_from(">I", before, 4)
         record = bytearray(before)
-        struct.pack_into(">I8xI", record, 4, cycle, 0)
+        struct.pack_into(">I", record, 4, cycle)
         struct.pack_into(">IQ", record, 12, len(data), cycle << 32 | (head - first))
         struct.pack_into(">I", record, 40, len(operations))
         stamped = bytearray(data)
@@ -402,6 +534,11 @@ def test_what_was_begun_and_not_ended(tmp_path: Path) -> None:
     assert refused_after(struct.pack("<HHIQQ", 0x1246, 1, 0, 9, inodes[4])) == {names[4]}
     assert refused_after(struct.pack("<HHIQQQ", 0x1248, 1, 0, 9, inodes[0], inodes[5])) == {names[0], names[5]}
     shutil.copyfile(disk, copy)
+    append(copy, mapping(5, inodes[1]), end=0x20)  # ended without a commit
+    with closing(open_image(copy)) as system, as_the_kernel_shows(copy, tmp_path / "mnt") as shown:
+        assert shown
+        assert system.notes == ()
+        assert differences(system, shown) == []
     append(copy, struct.pack("<HHIQ", 0x12FF, 1, 0, 0))
     with closing(open_image(copy)) as system:  # of a kind that nobody knows
         assert "log was not replayed" in system.notes[0]
