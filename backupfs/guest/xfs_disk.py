@@ -94,6 +94,7 @@ class Disk:
         self._is_replayed = is_replayed
         head = self.read(0, 512)
         self.log_uuid: bytes = head[32:48]
+        self.lsn = int.from_bytes(head[240:248])  # of version 5: the log has been written that far
         self.block, blocks = struct.unpack_from(">IQ", head, 4)
         log, self.root = struct.unpack_from(">QQ", head, 48)
         self.group_blocks, groups, _, self.log_blocks, versions = struct.unpack_from(">IIIIH", head, 84)

@@ -24,6 +24,7 @@ _OPERATION = struct.Struct(">IIBBxx")  # transaction, length, client, flags
 _TRANSACTION = struct.pack("<I", 0x5452414E)  # the magic of a transaction's header
 _TRANSACTION_HEADER = 16
 _MOST_REGIONS = 257
+_NO_LSN = 2**64 - 1
 _MOST_OPEN = 192 * MiB  # bytes of transactions whose commit was not found yet
 Region = bytes | bytearray
 
@@ -112,7 +113,9 @@ class Log:
     def __init__(self, disk: Disk) -> None:
         self._records = Records(disk)
         self.ends = find_ends(self._records)
-        self._checked = disk.version == 5
+        self._sums = disk.version == 5
+        if self._sums and self.ends.lsn < disk.lsn != _NO_LSN:
+            raise UnreadableLogError  # the file system is newer
 
     @property
     def is_clean(self) -> bool:
@@ -122,7 +125,7 @@ class Log:
     def records(self) -> Iterator[Record]:
         """Yield its records. Raises UnreadableLogError, GuestError."""
         for record in records(self._records, self.ends.tail, self.ends.head) if not self.is_clean else ():
-            if self._checked and not record.is_checked:
+            if self._sums and not record.is_sound:
                 raise UnreadableLogError
             yield record
 

@@ -19,10 +19,15 @@ _LONGEST = (256 << 10) // SECTOR
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """Where the log begins and ends, in sectors; where both are the same, nothing is in it."""
+    """Where the log begins and ends, in sectors; where both are the same, nothing is in it.
+
+    Attributes:
+        lsn: no less than the number of anything that was ever written to it.
+    """
 
     tail: int
     head: int
+    lsn: int
 
 
 def find_ends(log: Records) -> Ends:
@@ -34,22 +39,20 @@ def find_ends(log: Records) -> Ends:
     """
     head = _head(log)
     last = _before(log, head, head, 1)
-    if _is_clean(log, head, last):
-        return Ends(head, head)
     tail = _tail_of(log, last)
-    first = _before(log, head, tail, _IN_FLIGHT)
-    bad = _first_bad(log, first, head)
-    if bad is not None:
-        if not bad:
-            raise UnreadableLogError  # the kernel takes this for no place
-        last = _before(log, bad, tail, 1)
-        head, tail = bad, _tail_of(log, last)
-        if _is_clean(log, head, last):
-            return Ends(head, head)
-    if head == tail:
-        return Ends(head, head)
-    _check_rounds(log, head, last)
-    return Ends(_verified_tail(log, head, tail, log.record(last).room), head)
+    if _is_unmounted(log, head, last):
+        tail = head
+    else:
+        torn = _first_bad(log, _before(log, head, tail, _IN_FLIGHT), head)
+        if torn is not None:
+            last = _before(log, torn, tail, 1)
+            head, tail = torn, _tail_of(log, last)
+        if head != tail:
+            tail = _verified_tail(log, head, tail, log.room(last))
+        if torn is not None and _is_unmounted(log, head, last):
+            tail = head
+    written = _rounds_of(log, head, last)
+    return Ends(tail, head, written << 32 | head)
 
 
 def _head(log: Records) -> int:
@@ -61,7 +64,7 @@ def _head(log: Records) -> int:
     if not last:  # it was never full
         head = _change(log, 0, log.sectors - 1, 0)
         back = min(scanned, head)
-        return _whole_records(log, _find(log, head - back, back, 0, head))
+        return _whole_records(log, _find(log, head - back, back, 0, head), scanned)
     if first == last:
         head, hole = log.sectors, last - 1
     else:
@@ -89,11 +92,12 @@ def _find(log: Records, start: int, count: int, wanted: int, otherwise: int) -> 
     return start + rounds.index(wanted) if wanted in rounds else otherwise
 
 
-def _whole_records(log: Records, head: int) -> int:
+def _whole_records(log: Records, head: int, furthest: int = _LONGEST) -> int:
     """Return the same head, or where the record begins that it cuts off. Source: xlog_find_verify_log_record."""
-    for back in range(1, min(_LONGEST, log.sectors) + 1):
+    for back in range(1, min(furthest, log.sectors) + 1):
         at = head - back
         if log.is_header(at):
+            log.check_owner(at)
             return head if log.length(at) == back else at % log.sectors
     raise UnreadableLogError
 
@@ -136,26 +140,26 @@ def _tail_of(log: Records, last: int) -> int:
     return tail
 
 
-def _check_rounds(log: Records, head: int, last: int) -> None:
-    """Raise UnreadableLogError where the tail is not in the same round as the head, or the one before, behind it.
+def _rounds_of(log: Records, head: int, last: int) -> int:
+    """Return in which round the log is at its head.
 
-    Source: xlog_clear_stale_blocks, xlog_set_state.
+    Raises:
+        UnreadableLogError: the tail, of which the last record knows, is not in that, or behind it in the one before.
+
+    Source: xlog_set_state, xlog_clear_stale_blocks.
     """
     header = log.read(last, 1)
     tail_round, tail = int.from_bytes(header[24:28]), int.from_bytes(header[28:32])
     head_round = int.from_bytes(header[4:8]) + (head <= last)
-    if head_round - tail_round != (head < tail):
+    # Behind an unmount the tail is the head.
+    if not _is_unmounted(log, head, last) and head_round - tail_round != (head < tail):
         raise UnreadableLogError
+    return head_round
 
 
-def _is_clean(log: Records, head: int, last: int) -> bool:
-    """Whether the file system was unmounted. Source: xlog_check_unmount_rec."""
-    if (last + log.length(last)) % log.sectors != head:
-        return False
-    try:
-        return log.record(last).is_unmount
-    except UnreadableLogError:
-        return False
+def _is_unmounted(log: Records, head: int, last: int) -> bool:
+    """Whether the last record is what is written when everything is in its place. Source: xlog_check_unmount_rec."""
+    return (last + log.length(last)) % log.sectors == head and log.is_unmount(last)
 
 
 def records(log: Records, begin: int, head: int, note: Callable[[int], None] = lambda _at: None) -> Iterator[Record]:

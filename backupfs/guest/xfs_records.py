@@ -35,25 +35,16 @@ class Record:
         at: its first sector.
         sectors: of it, headers too.
         lsn: its number, greater than those of the records before it.
-        tail: the sector where the log began when it was written.
-        room: bytes, of which no record of its time had more.
         operations: how many are in `data`.
-        is_checked: whether it has a checksum; mkfs writes none.
+        is_sound: whether it is of this file system, and has a checksum; mkfs writes none.
     """
 
     at: int
     sectors: int
     lsn: int
-    tail: int
-    room: int
     operations: int
     data: bytes
-    is_checked: bool
-
-    @property
-    def is_unmount(self) -> bool:
-        """Whether it is the one that is written when everything is in its place."""
-        return self.operations == 1 and len(self.data) > _FLAGS_AT and bool(self.data[_FLAGS_AT] & _UNMOUNT)
+    is_sound: bool
 
 
 class Records:
@@ -99,6 +90,24 @@ class Records:
         head = self.read(number, 1)
         return self._headers(head) + -(-int.from_bytes(head[12:16]) // SECTOR)
 
+    def is_unmount(self, number: int) -> bool:
+        """Whether the record there is the one that is written last. Raises GuestError.
+
+        Of it nothing is checked: what is behind it may have been written by another kind of processor.
+        """
+        head = self.read(number, 1)
+        data = self.read(number + self._headers(head), 1)
+        return int.from_bytes(head[40:44]) == 1 and bool(data[_FLAGS_AT] & _UNMOUNT)
+
+    def room(self, number: int) -> int:
+        """Return of how many bytes no record had more when the one there was written. Raises GuestError."""
+        return int.from_bytes(self.read(number, 1)[320:324])
+
+    def check_owner(self, number: int) -> None:
+        """Check that the record there is this file system's. Raises UnreadableLogError, GuestError."""
+        if self.read(number, 1)[304:320] not in (self._disk.log_uuid, bytes(16)):
+            raise UnreadableLogError
+
     @staticmethod
     def _headers(head: bytes) -> int:
         version: int
@@ -115,16 +124,12 @@ class Records:
         """
         head = self.read(number, 1)
         version, length, lsn = struct.unpack_from(">IIQ", head, 8)
-        tail, operations, form, room = struct.unpack_from(">I8xI256xI16xI", head, 28)
+        operations, form, room = struct.unpack_from(">I256xI16xI", head, 40)
         headers, count = self._headers(head), -(-length // SECTOR)
         sane = (
             head[:4] == MAGIC
             and 0 < version <= _VERSIONS
-            and 0 < length <= max(room, _PER_HEADER) <= _LARGEST
-            and tail < self.sectors
-            and form == _LITTLE_ENDIAN
-            and lsn & 0xFFFFFFFF == number
-            and head[304:320] == self._disk.log_uuid
+            and 0 < length <= (_LARGEST if operations == 1 else room) <= _LARGEST  # mkfs wrote a room that is too small
         )
         if not sane:
             raise UnreadableLogError
@@ -136,7 +141,8 @@ class Records:
             place, inside = divmod(i, _ROUNDS)
             at = place * SECTOR + 4 + 4 * inside if place else _FIRST_ROUNDS + 4 * inside
             data[i * SECTOR : i * SECTOR + 4] = heads[at : at + 4]
-        return Record(number, headers + count, lsn, tail, room, operations, bytes(data[:length]), bool(checksum))
+        is_sound = bool(checksum) and form == _LITTLE_ENDIAN and head[304:320] == self._disk.log_uuid
+        return Record(number, headers + count, lsn, operations, bytes(data[:length]), is_sound)
 
 
 def _checksum(heads: bytes, data: bytes, counted: int) -> int:
