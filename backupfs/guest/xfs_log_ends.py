@@ -196,7 +196,7 @@ def _verified_tail(log: Records, head: int, tail: int, room: int) -> int:
     """Return the tail, or the first record behind it that was not overwritten. Source: xlog_verify_tail."""
     tail = _behind(log, tail, head, 1)
     while (bad := _first_bad(log, tail, head)) is not None:
-        if (bad - head) % log.sectors > _IN_FLIGHT * room // SECTOR:
+        if not bad or (bad - head) % log.sectors > _IN_FLIGHT * room // SECTOR:  # to the kernel 0 is no place here
             raise UnreadableLogError
         tail = _behind(log, bad, head, 2)
     return tail
