@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from crc32c import crc32c
 
 from backupfs.errors import GuestError, NotFound
-from backupfs.extents import Extent
 from backupfs.guest.xfs_disk import Disk
 from backupfs.guest.xfs_log import Log, Region, Transaction
+from backupfs.guest.xfs_overlay import MOST_SECTORS, Replayed, TooMuchError
 from backupfs.guest.xfs_records import SECTOR, UnreadableLogError
-from backupfs.image import Buffer, Image, check_range
+from backupfs.image import Image
 
 _INODE, _BUFFER, _NEW_INODES = 0x123B, 0x123C, 0x123F
 # Free space, quotas, who else uses a block, the list of unlinked inodes: nothing that is read here.
@@ -37,7 +37,6 @@ _CORE = 176
 _FORKS = ((0x02 | 0x04, 0x08), (0x40 | 0x80, 0x100))  # fields of an inode item, for each fork: as it is, a tree's root
 _DEVICE, _OWNER_CHANGE = 0x10, 0x200 | 0x400
 _BIGTIME, _LARGE_COUNTS = 0x8, 0x10  # di_flags2
-_MOST_SECTORS = 700_000  # some 430 MB of memory
 
 # Where there is the number of the transaction that changed a block last, and the UUID; by the magic at its beginning.
 _SHORT, _LONG, _FOLDER, _NODE = (24, 32), (32, 40), (16, 24), (24, 32)
@@ -54,10 +53,6 @@ _NODE_MAGICS = (b"\x3d\xf1", b"\x3d\xff", b"\x3b\xee", b"\x3e\xbe")  # at 8
 _OF_SUPERBLOCK = 240
 
 
-class _TooMuchError(UnreadableLogError):
-    """More changed than is remembered."""
-
-
 @dataclass(slots=True)
 class Pending:
     """What of the log was not replayed: inodes, and sectors of metadata; `all`: it can't be known."""
@@ -70,67 +65,6 @@ class Pending:
     def is_empty(self) -> bool:
         """Whether there is nothing."""
         return not (self.inodes or self.sectors or self.all)
-
-
-class Replayed:
-    """An Image: a volume, with other contents of some sectors."""
-
-    def __init__(self, volume: Image) -> None:
-        self.size = volume.size
-        self._volume = volume
-        self._sectors: dict[int, bytearray] = {}
-
-    def readinto(self, offset: int, buffer: Buffer) -> None:
-        check_range(self, offset, len(buffer))
-        view = memoryview(buffer)
-        self._volume.readinto(offset, view)
-        end = offset + len(view)
-        for number in self._changed(offset, len(view)):
-            begin = number * SECTOR
-            first, last = max(offset, begin), min(end, begin + SECTOR)
-            view[first - offset : last - offset] = self._sectors[number][first - begin : last - begin]
-
-    def differs(self, offset: int, length: int) -> bool:
-        """Whether a range may be another one than on the volume."""
-        return next(self._changed(offset, length), None) is not None
-
-    def _changed(self, offset: int, length: int) -> Iterator[int]:
-        numbers = range(offset // SECTOR, -(-(offset + length) // SECTOR))
-        if len(self._sectors) < len(numbers):
-            return (number for number in self._sectors if number in numbers)
-        return (number for number in numbers if number in self._sectors)
-
-    def get(self, offset: int, length: int) -> bytes:
-        """Return a range. Raises UnreadableLogError: it is not on the volume."""
-        if not 0 <= offset <= self.size - length:
-            raise UnreadableLogError
-        buffer = bytearray(length)
-        self.readinto(offset, buffer)
-        return bytes(buffer)
-
-    def put(self, offset: int, content: Region) -> None:
-        """Change a range. Raises UnreadableLogError: it is not on the volume, or too much would have changed."""
-        if not 0 <= offset <= self.size - len(content):
-            raise UnreadableLogError
-        end = offset + len(content)
-        for number in range(offset // SECTOR, -(-end // SECTOR)):
-            begin = number * SECTOR
-            first, last = max(offset, begin), min(end, begin + SECTOR)
-            part, sector = content[first - offset : last - offset], self._sectors.get(number)
-            if sector is None:
-                if len(self._sectors) >= _MOST_SECTORS:
-                    raise _TooMuchError
-                whole = part if len(part) == SECTOR else self.get(begin, min(SECTOR, self.size - begin))
-                sector = self._sectors[number] = bytearray(whole)
-            sector[first - begin : last - begin] = part
-
-    def extents(self, offset: int, length: int) -> Iterator[Extent]:
-        check_range(self, offset, length)
-        if length:
-            yield Extent(offset, length, False)
-
-    def close(self) -> None:
-        self._volume.close()
 
 
 def replayed(volume: Image) -> tuple[Disk, Replayed | None, Pending]:
@@ -151,7 +85,7 @@ def replayed(volume: Image) -> tuple[Disk, Replayed | None, Pending]:
         image = Replayed(volume)
         try:
             pending = _Replay(disk, log, image).run()
-        except _TooMuchError:
+        except TooMuchError:
             return disk, None, _changes(log)
         return Disk(image, image.differs), image, pending
     except (UnreadableLogError, NotFound, struct.error, IndexError):
@@ -174,7 +108,7 @@ def _changes(log: Log) -> Pending:
                 found.inodes.update(_owners(kind, item[0]))
             elif kind not in _ENDED and kind != _NEW_INODES and kind not in _OTHERS:
                 raise UnreadableLogError
-            if len(found.sectors) > _MOST_SECTORS:
+            if len(found.sectors) > MOST_SECTORS:
                 raise UnreadableLogError
     return found
 

@@ -20,7 +20,7 @@ from test_xfs import make
 
 from backupfs.errors import GuestError
 from backupfs.filesystem import FileSystem
-from backupfs.guest import xfs_replay
+from backupfs.guest import xfs_overlay
 from backupfs.guest.xfs import XfsFileSystem
 from backupfs.guest.xfs_disk import Disk
 from backupfs.guest.xfs_log import Log
@@ -570,9 +570,9 @@ def test_more_than_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         os.sync()
 
     def put(*_: object) -> NoReturn:
-        raise xfs_replay._TooMuchError
+        raise xfs_overlay.TooMuchError
 
-    monkeypatch.setattr(xfs_replay.Replayed, "put", put)
+    monkeypatch.setattr(xfs_overlay.Replayed, "put", put)
     shutil.copyfile(disk, copy)
     with (
         as_the_kernel_shows(copy, tmp_path / "mnt") as shown,
