@@ -1,6 +1,7 @@
 """Fixtures that several files share."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,3 +27,12 @@ def web(daemon: "Libvirt") -> "Iterator[Web]":
 
     with two_disks(daemon) as web:
         yield web
+
+
+@pytest.fixture
+def no_image_stays(tmp_path: Path) -> Iterator[None]:
+    """Remove the images: pytest would keep them all, and they are hundreds of megabytes each."""
+    yield
+    for path in tmp_path.iterdir():
+        if path.is_file():
+            path.unlink()

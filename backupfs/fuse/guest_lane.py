@@ -178,7 +178,7 @@ class GuestLane:
             name = bytes(request[kernel.XATTR_AT :]).partition(b"\0")[0]
         known = self._known.get(inode) or self._at_hand(inode)
         if known is not None:
-            self._answer_xattr(_Ask(unique, inode, name, size), known)
+            self._answer_xattr(unique, inode, name, size, known)
             return True
         volume = self._guests.volume_number(inode)
         if volume is not None:
@@ -213,14 +213,13 @@ class GuestLane:
     def _answer(self, unique: int, code: int) -> None:
         self._write(unique, [kernel.ANSWER.pack(ANSWER_SIZE, -code, unique)])
 
-    def _answer_xattr(self, ask: _Ask, known: Xattrs) -> None:
+    def _answer_xattr(self, unique: int, inode: int, name: bytes | None, size: int, known: Xattrs) -> None:
         """Answer with a value, or with the names, as much room as there is for it; 0: how much does it take?"""
-        unique, name, size = ask.unique, ask.name, ask.size
         value = b"".join(n + b"\0" for n in known.values) if name is None else known.values.get(name)
         if value is None:
             self._answer(unique, known.missing(name or b""))
         elif name in self._acls and not acls.is_sound(value):
-            self._guests.complain(ask.inode, "getxattr", GuestError(f"{name!r} is no ACL"))
+            self._guests.complain(inode, "getxattr", GuestError(f"{name!r} is no ACL"))
             self._answer(unique, errno.EACCES)
         elif not size:
             answer = kernel.XATTR_SIZE_ANSWER
@@ -236,7 +235,7 @@ class GuestLane:
         if isinstance(job, _Ask):
             with self._refusing(job, "listxattr" if job.name is None else "getxattr"):
                 known = self._guests.xattrs(job.inode)
-                self._answer_xattr(job, known)
+                self._answer_xattr(job.unique, job.inode, job.name, job.size, known)
         elif job.request is None:
             with contextlib.suppress(Exception):  # who opens one of them is told
                 self._guests.read_on(job.inode)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from crc32c import crc32c
 
-from backupfs.errors import GuestError, NotFound
+from backupfs.errors import GuestError
 from backupfs.guest.xfs_disk import Disk
 from backupfs.guest.xfs_log import Log, Region, Transaction
 from backupfs.guest.xfs_overlay import MOST_SECTORS, Replayed, TooMuchError
@@ -88,7 +88,7 @@ def replayed(volume: Image) -> tuple[Disk, Replayed | None, Pending]:
         except TooMuchError:
             return disk, None, _changes(log)
         return Disk(image, image.differs), image, pending
-    except (UnreadableLogError, NotFound, struct.error, IndexError):
+    except (UnreadableLogError, struct.error, IndexError):
         return disk, None, Pending(all=True)
 
 

@@ -28,7 +28,7 @@ from backupfs.errors import GuestError
 from backupfs.guest.btrfs import BtrfsFileSystem
 from backupfs.units import KiB, MiB
 
-pytestmark = pytest.mark.timeout(300 if not LONG else 3600)
+pytestmark = [pytest.mark.timeout(300 if not LONG else 3600), pytest.mark.usefixtures("no_image_stays")]
 
 MANY, PIECES = (20_000, 5000) if LONG else (2000, 300)
 
@@ -43,15 +43,6 @@ def mounted(image: Path, folder: Path, options: str = "rw") -> Iterator[Path]:
         yield folder
     finally:
         run("umount", folder)
-
-
-@pytest.fixture(autouse=True)
-def no_image_stays(tmp_path: Path) -> Iterator[None]:
-    """Remove the images: pytest would keep them all, and they are hundreds of megabytes each."""
-    yield
-    for path in tmp_path.iterdir():
-        if path.is_file():
-            path.unlink()
 
 
 def make(path: Path, *options: str, size: int = 300 * MiB) -> Path:

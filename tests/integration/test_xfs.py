@@ -3,7 +3,6 @@
 import os
 import random
 import subprocess
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -27,19 +26,10 @@ from backupfs.errors import GuestError
 from backupfs.guest.xfs import XfsFileSystem
 from backupfs.units import KiB, MiB
 
-pytestmark = pytest.mark.timeout(300 if not LONG else 3600)
+pytestmark = [pytest.mark.timeout(300 if not LONG else 3600), pytest.mark.usefixtures("no_image_stays")]
 
 SIZE = 320 * MiB  # mkfs.xfs makes no smaller ones
 MANY, PIECES = (20_000, 5000) if LONG else (3000, 600)
-
-
-@pytest.fixture(autouse=True)
-def no_image_stays(tmp_path: Path) -> Iterator[None]:
-    """Remove the images: pytest would keep them all, and they are hundreds of megabytes each."""
-    yield
-    for path in tmp_path.iterdir():
-        if path.is_file():
-            path.unlink()
 
 
 def make(path: Path, *options: str) -> Path:
