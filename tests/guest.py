@@ -72,13 +72,14 @@ class Machine:
 
     def write(self, disk: GuestDisk, offset: int, length: int, pattern: int) -> None:
         """Write as the guest would: through the device's own BlockBackend."""
-        self._io(disk, f"write -P {pattern} {offset} {length}", f"wrote {length}/{length} bytes")
+        self.io(disk, f"write -P {pattern} {offset} {length}", f"wrote {length}/{length} bytes")
 
     def discard(self, disk: GuestDisk, offset: int, length: int) -> None:
         """Discard as the guest would."""
-        self._io(disk, f"discard {offset} {length}", f"discard {length}/{length} bytes")
+        self.io(disk, f"discard {offset} {length}", f"discard {length}/{length} bytes")
 
-    def _io(self, disk: GuestDisk, command: str, expected: str) -> None:
+    def io(self, disk: GuestDisk, command: str, expected: str) -> None:
+        """Run a command of qemu-io's on the guest's device; it has to print what is expected."""
         log = self.folder / "log"
         before = log.stat().st_size
         option = "" if disk.attach == "drive" else "-d "

@@ -11,19 +11,20 @@ from backupfs.fuse.nodes import Stale
 from backupfs.image import Image
 from backupfs.repository import names
 from backupfs.sources.live import LiveDisk, check_uri
+from backupfs.sources.live_link import Export
 
 _START_S = 3.0  # a mount that begins waits so long for its live disks to be there
 
-Exports = Mapping[tuple[str, str], str]
-"""By VM and disk, the URI of an NBD export."""
+Exports = Mapping[tuple[str, str], Export]
+"""By VM and disk."""
 
 
 def check_exports(exports: Exports) -> None:
     """Refuse what can't be shown. Raises UsageError."""
-    for (vm, disk), uri in exports.items():
+    for (vm, disk), export in exports.items():
         names.check_name(vm, "VM")
         names.check_name(disk, "disk")
-        check_uri(uri)
+        check_uri(export.uri)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class LiveDisks:
     that it is not listed, as its size is not known: a copy of it would be empty, without an error.
 
     Args:
-        exports: by VM and disk, the URI.
+        exports: by VM and disk.
 
     Attributes:
         begun_ns: when the mount began.
@@ -49,8 +50,9 @@ class LiveDisks:
     def __init__(self, exports: Exports) -> None:
         self._disks: dict[str, list[_Disk]] = {}
         self.begun_ns = time.time_ns()
-        for (vm, disk), uri in exports.items():
-            self._disks.setdefault(vm, []).append(_Disk(disk, LiveDisk(uri, f"{vm}/live/{disk}.raw ({uri})")))
+        for (vm, disk), export in exports.items():
+            live = LiveDisk(export, f"{vm}/live/{disk}.raw ({export.uri})")
+            self._disks.setdefault(vm, []).append(_Disk(disk, live))
 
     def begin(self) -> None:
         """Look for all exports; wait a little for those that do not answer."""

@@ -5,11 +5,11 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 
-from backupfs.errors import UsageError
 from backupfs.repository import names
 from backupfs.services.mount import show_exports
-from backupfs.sources.export import NbdSource
+from backupfs.sources.live_link import Export
 from backupfs.sources.qmp import open_qmp
+from backupfs.sources.qmp_moment import FleecedSource
 
 _TIMEOUT_S = 30.0
 
@@ -46,12 +46,10 @@ def view(
         with contextlib.closing(machine.view()) as moment:
             # The mount ends, and with it what fills the scratch. Its session takes the signal as umount.
             moment.on_broken = lambda: os.kill(os.getpid(), signal.SIGTERM)
-            exports = {(vm, name): _uri(source) for name, source in moment.sources.items()}
+            exports = {(vm, name): _export(source) for name, source in moment.sources.items()}
             show_exports(exports, mountpoint, allow_other=allow_other, on_ready=on_ready)
             moment.check()
 
 
-def _uri(source: object) -> str:
-    if not isinstance(source, NbdSource):
-        raise UsageError(f"{source} is not served by NBD")
-    return source.uri
+def _export(source: FleecedSource) -> Export:
+    return Export(source.uri, source.witness.uri if source.witness else None)

@@ -1,15 +1,21 @@
 """Reading a disk as it was at one moment while the guest goes on writing, by QEMU's own means; setting that up and
 taking it down.
 
-With the *filter*, copy-before-write is put between the device and its image: it copies what the guest is about to
-overwrite into the scratch first, and snapshot-access reads the scratch, and the image where nothing was copied.
+With the *filter*, copy-before-write is put between the device and its image. It copies what the guest is about to
+overwrite into the scratch first; the scratch, over the image, is read.
 
-    device -> {session}-f0 copy-before-write -file-> the disk's image
+    device -> {session}-f0 copy-before-write -file-> the disk's image <-backing- {session}-q0
                      ^   `-target-> {session}-q0 qcow2 -> {session}-s0 scratch file
-    NBD export -> {session}-a0 snapshot-access
+                     `- {session}-a0 snapshot-access
+    NBD exports: {session}-e0 of {session}-q0, {session}-w0 of {session}-a0
 
-A scratch that is full, or slow for 30 s, breaks the snapshot, not the guest's write. All filters go in while the guest
-is stopped, for a few milliseconds: one moment of all disks.
+A scratch that is full, or slow for 30 s, breaks the snapshot, not the guest's write: q0 shows what the guest wrote
+from then on, and every read of a0 fails. So a0 is the *witness*: what was read of q0 counts when a0 could be read
+afterwards. The disk itself is not read through a0: up to 7.2, QEMU looks into the image for a range of which only the
+beginning was copied, and so hands out zeroes for what the guest has discarded since.
+Source: hbitmap_status() of QEMU 7.2, util/hbitmap.c; tests/integration/test_fleecing.py shows it.
+
+All filters go in while the guest is stopped, for a few milliseconds: one moment of all disks.
 
 With the *job* (QEMU < 7.1, and devices that take no filter), a backup job that copies nothing of its own accord does
 the same, all disks in one transaction; there a full scratch stops the guest until the backup ends.
@@ -128,8 +134,7 @@ class Session:
         for disk in self._disks:
             scratch, path = self._name("s", disk), self._scratch.image(disk.number)
             self._add(driver="file", node_name=scratch, filename=path, discard="unmap")
-            backing = {"backing": disk.node.name} if self._method == "job" else {}
-            self._add(driver="qcow2", node_name=self._name("q", disk), file=scratch, **backing)
+            self._add(driver="qcow2", node_name=self._name("q", disk), file=scratch, backing=disk.node.name)
             if self._method == "filter":
                 # Without discard the guest's fstrim would end at the filter.
                 options = {"on-cbw-error": "break-snapshot", "cbw-timeout": _WRITE_TIMEOUT_S, "discard": "unmap"}
@@ -188,13 +193,23 @@ class Session:
         Raises:
             SourceError: it can't be done.
         """
-        node = self._name("q", disk)
-        if self._method == "filter":
-            node = self._name("a", disk)
-            self._add(driver="snapshot-access", node_name=node, file=self._name("f", disk))
-        name = f"disk{disk.number}"
         bitmaps = [{"node": disk.node.name, "name": disk.old}] if disk.old else []
-        export = {"type": "nbd", "id": self._name("e", disk), "node-name": node, "name": name, "writable": False}
+        return self._serve("e", disk, self._name("q", disk), f"disk{disk.number}", bitmaps)
+
+    def witness(self, disk: Fleeced) -> str | None:
+        """Serve what can be read as long as the moment holds; return the export's name. None: it holds always.
+
+        Raises:
+            SourceError: it can't be done.
+        """
+        if self._method == "job":
+            return None
+        node = self._name("a", disk)
+        self._add(driver="snapshot-access", node_name=node, file=self._name("f", disk))
+        return self._serve("w", disk, node, f"witness{disk.number}", [])
+
+    def _serve(self, kind: str, disk: Fleeced, node: str, name: str, bitmaps: list[dict[str, str]]) -> str:
+        export = {"type": "nbd", "id": self._name(kind, disk), "node-name": node, "name": name, "writable": False}
         self._monitor.execute("block-export-add", {**export, "bitmaps": bitmaps})
         return name
 
@@ -219,7 +234,8 @@ class Session:
     def cut(self) -> None:
         """End all exports at once: whoever reads gets an error. Raises SourceError."""
         for disk in self._disks:
-            self._monitor.execute("block-export-del", {"id": self._name("e", disk), "mode": "hard"})
+            for kind in "e" if self._method == "job" else "ew":
+                self._monitor.execute("block-export-del", {"id": self._name(kind, disk), "mode": "hard"})
 
 
 def _set_drive(monitor: Monitor, device: Device, node: str) -> None:

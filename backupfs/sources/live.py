@@ -18,6 +18,7 @@ from backupfs.errors import ConnectError, SourceError, UsageError
 from backupfs.extents import Extent
 from backupfs.image import Buffer
 from backupfs.sources.live_image import DEADLINE_S, LiveImage
+from backupfs.sources.live_link import Export
 
 log = logging.getLogger(__name__)
 
@@ -88,13 +89,13 @@ class LiveDisk:
     """An export that a mount shows. From any thread.
 
     Args:
-        uri: of the export.
+        export: which.
         name: what messages call it.
         deadline_s: for each read, and for making a connection.
     """
 
-    def __init__(self, uri: str, name: str, deadline_s: float = DEADLINE_S) -> None:
-        self._uri = uri
+    def __init__(self, export: Export, name: str, deadline_s: float = DEADLINE_S) -> None:
+        self._export = export
         self._name = name
         self._deadline_s = deadline_s
         self._numbers = itertools.count(1)
@@ -199,7 +200,7 @@ class LiveDisk:
             return Shown(image, self._last.version)
 
     def _connected(self) -> LiveImage:
-        image = LiveImage(self._uri, self._name, self._deadline_s)
+        image = LiveImage(self._export, self._name, self._deadline_s)
         try:
             with self._state:
                 if self._closed:

@@ -7,7 +7,7 @@ Descriptor 3 is the control line, a SOCK_SEQPACKET socket. The parent begins wit
 shared memory, and for each slot of that memory a line (SOCK_SEQPACKET too). Answered with GREETING, or with FAREWELL,
 which may come later as well. On a slot's line go ASK and ANSWER, one at a time; what was asked for is in the slot.
 
-    ORDER     JSON {"uri", "name", "timeout_s", "slot"}; slot: bytes of memory that each has
+    ORDER     JSON {"uri", "witness", "name", "timeout_s", "slot"}; slot: bytes of memory that each has
     GREETING  JSON {"size", "allocated", "holes"}; holes: whether STATUS can be asked for
     FAREWELL  JSON {"error", "message"}; error: the name of the exception's class
     ASK       operation, length, offset
@@ -30,6 +30,7 @@ from backupfs.errors import ProtocolError, SourceError
 from backupfs.extents import Extent, coalesce
 from backupfs.sources.nbd import Request, Wire
 from backupfs.sources.source import ZERO, align, parse_descriptors, split
+from backupfs.sources.witness import Witness
 from backupfs.units import GiB, KiB
 
 READ, STATUS = 1, 2
@@ -53,11 +54,39 @@ class _Slot:
         self.error = 0
 
 
+class _Proof:
+    """Holds answers back until a witness has said that they are of the moment. It is asked for many at once."""
+
+    def __init__(self, witness: Witness) -> None:
+        self.wire = witness.wire
+        self._witness = witness
+        self._next: list[tuple[_Slot, bytes]] = []
+        self._asked: list[tuple[_Slot, bytes]] = []  # about these the witness is asked now
+        self._done: deque[Request] = deque()
+
+    def add(self, slot: _Slot, answer: bytes) -> None:
+        """Take an answer that is complete."""
+        self._next.append((slot, answer))
+
+    def turn(self) -> None:
+        """Send what is proved, and ask about what came since. Raises SourceError: the moment is lost."""
+        if self._done:
+            self._witness.judge(self._done.popleft())
+            for slot, answer in self._asked:
+                slot.line.send(answer)
+            self._asked = []
+        if self._next and not self._asked:
+            self._asked, self._next = self._next, []
+            self._witness.ask(self._done)
+
+
 class _Reader:
     """Answers what is asked on the slots' lines out of an export."""
 
-    def __init__(self, wire: Wire, slots: list[_Slot]) -> None:
+    def __init__(self, wire: Wire, slots: list[_Slot], proof: _Proof | None) -> None:
         self._wire = wire
+        self._proof = proof
+        self._wires = [wire, proof.wire] if proof else [wire]
         self._slots = {slot.line.fileno(): slot for slot in slots}
         self._done: deque[Request] = deque()
         self._asked: dict[Request, _Slot] = {}
@@ -74,8 +103,11 @@ class _Reader:
             while True:
                 poller = select.poll()
                 poller.register(lines.fileno(), select.POLLIN)
-                for fd, events in self._wire.events().items():
-                    poller.register(fd, events)
+                wires = {}
+                for wire in self._wires:
+                    for fd, events in wire.events().items():
+                        poller.register(fd, events)
+                        wires[fd] = wire
                 ready = {fd for fd, _ in poller.poll()}
                 if lines.fileno() in ready:
                     ready.remove(lines.fileno())
@@ -84,10 +116,12 @@ class _Reader:
                         if not ask:  # the parent is gone; it says nothing more on the control line
                             return
                         self._ask(self._slots[fd], *ASK.unpack(ask))
-                if ready:
-                    self._wire.turn()
+                for wire in {wires[fd] for fd in ready}:
+                    wire.turn()
                 while self._done:
                     self._settle(self._done.popleft())
+                if self._proof:
+                    self._proof.turn()
 
     def _ask(self, slot: _Slot, operation: int, length: int, offset: int) -> None:
         first, count = align(offset, length, self._wire.unit, self._wire.size)
@@ -119,7 +153,11 @@ class _Reader:
                 number = self._fill(slot, _zeroes(request))
             except ProtocolError:
                 slot.error = errno.EPROTO
-        slot.line.send(ANSWER.pack(slot.error, number))
+        answer = ANSWER.pack(slot.error, number)
+        if self._proof:
+            self._proof.add(slot, answer)
+        else:
+            slot.line.send(answer)
 
     @staticmethod
     def _fill(slot: _Slot, extents: list[Extent]) -> int:
@@ -169,7 +207,8 @@ def main() -> None:
     slots = [_Slot(socket.socket(fileno=fd), memory[i * size :][:size]) for i, fd in enumerate(fds[1:])]
     try:
         wire = Wire(order["uri"], [_ALLOCATION], order["name"], order["timeout_s"])
-        reader = _Reader(wire, slots)
+        witness = Witness(order["witness"], order["name"], order["timeout_s"]) if order["witness"] else None
+        reader = _Reader(wire, slots, _Proof(witness) if witness else None)
         holes = wire.offers(_ALLOCATION)
         greeting = {"size": wire.size, "allocated": _allocated(wire) if holes else wire.size, "holes": holes}
         control.send(json.dumps(greeting).encode())

@@ -20,7 +20,7 @@ from backupfs.errors import ProtocolError, SourceError
 from backupfs.extents import Extent, clip, coalesce
 from backupfs.image import Buffer, check_range
 from backupfs.sources.live_child import PAIR, READ, STATUS
-from backupfs.sources.live_link import LARGEST, Link, Loans, Slot
+from backupfs.sources.live_link import LARGEST, Export, Link, Loans, Slot
 from backupfs.units import KiB, MiB
 
 DEADLINE_S = 10.0
@@ -70,7 +70,7 @@ class LiveImage:
     """An export that is connected to, until it is lost or closed.
 
     Args:
-        uri: of the export.
+        export: which.
         name: what messages call it.
         deadline_s: for each read, and for `connect`.
 
@@ -83,10 +83,10 @@ class LiveImage:
         ConnectError: the child can't be started.
     """
 
-    def __init__(self, uri: str, name: str, deadline_s: float = DEADLINE_S) -> None:
+    def __init__(self, export: Export, name: str, deadline_s: float = DEADLINE_S) -> None:
         self.size = self.allocated = self.since_ns = 0
         self._deadline_s = deadline_s
-        self._link = Link(uri, name, deadline_s, _SLOTS + _BLOCKS)
+        self._link = Link(export, name, deadline_s, _SLOTS + _BLOCKS)
         self._state = threading.Condition()
         self._free = self._link.slots[:_SLOTS]  # for what was not read ahead
         self._spare = self._link.slots[_SLOTS:]  # for blocks

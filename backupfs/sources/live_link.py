@@ -15,6 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from typing import NamedTuple
 
 import numpy as np
 
@@ -79,11 +80,24 @@ class Slot:
         return np.frombuffer(self._memory, np.uint8, length, self._begin + begin)
 
 
+class Export(NamedTuple):
+    """An NBD export.
+
+    Attributes:
+        uri: where it is.
+        witness: the URI of what can be read for as long as the export shows its moment, see Witness; None: it always
+            does.
+    """
+
+    uri: str
+    witness: str | None = None
+
+
 class Link:
     """A child, and the slots that it answers in, until it is lost or closed.
 
     Args:
-        uri: of the export.
+        export: which.
         name: what messages call it.
         deadline_s: how long `connect` waits.
         slots: how many.
@@ -95,7 +109,7 @@ class Link:
         ConnectError: the child can't be started.
     """
 
-    def __init__(self, uri: str, name: str, deadline_s: float, slots: int) -> None:
+    def __init__(self, export: Export, name: str, deadline_s: float, slots: int) -> None:
         self._name = name
         self._deadline_s = deadline_s
         self._state = threading.Lock()
@@ -107,7 +121,7 @@ class Link:
             self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             undo.callback(theirs.close)
             self._lines.callback(self._control.close)
-            order = {"uri": uri, "name": name, "timeout_s": deadline_s, "slot": _SLOT}
+            order = {**export._asdict(), "name": name, "timeout_s": deadline_s, "slot": _SLOT}
             self.slots = self._make_slots(slots, json.dumps(order).encode())
             self._child = Child([sys.executable, "-m", "backupfs.sources.live_child"], theirs)
             undo.pop_all()

@@ -16,7 +16,7 @@ from backupfs.sources.fleecing import Fleeced, Method, Session, ask_blocks, dism
 from backupfs.sources.machine import Recorders
 from backupfs.sources.monitor import Monitor, Refused, owner
 from backupfs.sources.recording import Action
-from backupfs.sources.source import Source
+from backupfs.sources.witness import Witness
 from backupfs.units import format_size
 
 log = logging.getLogger(__name__)
@@ -47,8 +47,8 @@ class QmpMoment:
         problems: Mapping[str, str],
         timeout_s: float,
     ) -> None:
-        self._sources: dict[str, Source] = {}
-        self.sources: Mapping[str, Source] = self._sources
+        self._sources: dict[str, FleecedSource] = {}
+        self.sources: Mapping[str, FleecedSource] = self._sources
         self.recorders: Mapping[str, str] = {d.device.name: recorders.of(d.device.name).new for d in disks if recorders}
         self._monitor = monitor
         self._disks = disks
@@ -93,28 +93,53 @@ class QmpMoment:
                 own = self._names.of(disk.device.name)
                 turns[disk.device.name] = recording.rotate(disk.node, own, disk.old)
         self._session.freeze(turns)
-        self._watch = threading.Thread(target=self._watch_space, args=(self._folder,), name="scratch", daemon=True)
-        self._watch.start()
         for disk in self._disks:
             name = disk.device.name
-            uri = f"nbd+unix:///{self._session.export(disk)}?socket={quote(self._folder.socket)}"
-            source = FleecedSource(uri, disk.old, self._timeout_s, f"{self._monitor.path}: disk {name}", self._explain)
+            description = f"{self._monitor.path}: disk {name}"
+            uri = self._uri(self._session.export(disk))
+            source = FleecedSource(uri, disk.old, self._timeout_s, description, self._explain)
             self._sources[name] = source
+            if (witness := self._session.witness(disk)) is not None:
+                source.witness = Witness(self._uri(witness), description, self._timeout_s)
             source.format = disk.node.driver
             source.bitmap_problem = self._problems[name] or source.bitmap_problem
+        self._watch = threading.Thread(target=self._watch_scratch, args=(self._folder,), name="scratch", daemon=True)
+        self._watch.start()
 
-    def _watch_space(self, folder: scratch.Scratch) -> None:
-        """End the exports before the scratch fills its file system. Whoever reads gets an error then."""
+    def _uri(self, export: str) -> str:
+        assert self._folder is not None
+        return f"nbd+unix:///{export}?socket={quote(self._folder.socket)}"
+
+    def _watch_scratch(self, folder: scratch.Scratch) -> None:
+        """End the exports before the scratch fills its file system, and when a moment was lost all the same.
+
+        Whoever reads gets an error then.
+        """
+        assert self._session is not None
         while not self._over.wait(_LOOK_S):
             with contextlib.suppress(SourceError):
-                if folder.free() <= 0 and self._session is not None:
+                if folder.free() <= 0:
                     self._failure = (
                         f"{folder.path}: too little space is left for what the guest overwrites during the backup; "
                         "give it another folder with --scratch, or back up while the guest writes less"
                     )
+                else:
+                    self._hold(folder)
+                if self._failure is not None:
                     self._session.cut()
                     self.on_broken()
                     return
+
+    def _hold(self, folder: scratch.Scratch) -> None:
+        """Look whether the moment was lost, which is a failure then. Raises ConnectError when QEMU does not answer."""
+        for source in list(self._sources.values()):
+            try:
+                source.hold()
+            except ProtocolError as e:
+                with contextlib.suppress(SourceError):
+                    left = format_size(max(folder.free(), 0))
+                    self._failure = f"{e} ({left} are left in {folder.path}); give it another folder with --scratch"
+                self._failure = self._failure or str(e)
 
     def _explain(self, error: SourceError) -> SourceError:
         """Return what to tell instead of an error while reading."""
@@ -131,10 +156,13 @@ class QmpMoment:
 
     def check(self) -> None:
         """See `Moment.check`."""
+        if self._failure is None:
+            assert self._session is not None
+            assert self._folder is not None
+            self._session.check()
+            self._hold(self._folder)
         if self._failure is not None:
             raise SourceError(self._failure)
-        assert self._session is not None
-        self._session.check()
 
     def published(self) -> None:
         """See `Moment.published`."""
@@ -144,11 +172,11 @@ class QmpMoment:
         """See `Moment.close`."""
         with interrupts.deferred():
             self._over.set()
+            for source in self._sources.values():
+                source.close()  # the thread that watches may wait for one
             if self._watch is not None:
                 self._watch.join()
                 self._watch = None
-            for source in self._sources.values():
-                source.close()
             self._sources.clear()
             folder, self._folder, self._session = self._folder, None, None
             if folder is not None:
@@ -188,7 +216,13 @@ class QmpMoment:
 
 
 class FleecedSource(NbdSource):
-    """A disk at its moment; `explain` makes a better error of one that came while reading."""
+    """A disk at its moment; `explain` makes a better error of one that came while reading.
+
+    Attributes:
+        witness: says whether the moment holds; None: it does.
+    """
+
+    witness: Witness | None = None
 
     def __init__(
         self,
@@ -200,6 +234,22 @@ class FleecedSource(NbdSource):
     ) -> None:
         super().__init__(uri, bitmap, timeout_s, description=description)
         self._explain = explain
+
+    def hold(self) -> None:
+        """Make sure that all that was read so far is of the moment.
+
+        Raises:
+            ProtocolError: it was lost; anything may have been read.
+            ConnectError: QEMU does not answer.
+        """
+        if self.witness is not None:
+            self.witness.check()
+
+    def close(self) -> None:
+        """See `Image.close`. Waits for nothing."""
+        if self.witness is not None:
+            self.witness.close()
+        super().close()
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from backupfs.errors import ConnectError, ProtocolError, SourceError, UsageError
 from backupfs.extents import Extent
 from backupfs.sources.live import LiveDisk, check_uri
 from backupfs.sources.live_image import LiveImage
+from backupfs.sources.live_link import Export as LiveExport
 from backupfs.units import KiB, MiB
 
 SIZE = 9 * MiB + 512
@@ -47,8 +48,8 @@ def export(tmp_path: Path) -> Iterator[Export]:
 
 
 @contextmanager
-def connected(uri: str, deadline_s: float = 5.0) -> Iterator[LiveImage]:
-    image = LiveImage(uri, "web/vda", deadline_s)
+def connected(uri: str, deadline_s: float = 5.0, witness: str | None = None) -> Iterator[LiveImage]:
+    image = LiveImage(LiveExport(uri, witness), "web/vda", deadline_s)
     try:
         image.connect()
         yield image
@@ -58,7 +59,7 @@ def connected(uri: str, deadline_s: float = 5.0) -> Iterator[LiveImage]:
 
 @contextmanager
 def live(uri: str, deadline_s: float = 5.0) -> Iterator[LiveDisk]:
-    disk = LiveDisk(uri, "web/vda", deadline_s)
+    disk = LiveDisk(LiveExport(uri), "web/vda", deadline_s)
     try:
         yield disk
     finally:

@@ -86,7 +86,7 @@ def _convert(vm: Guest, place: Workplace) -> Iterator[None]:
     with contextlib.closing(open_qmp(vm.qmp_path, ["vda"], scratch=str(place.folder))) as machine:
         names = Recorders("0" * 32, "bench", "20000101T000000Z")
         with contextlib.closing(machine.begin(names, {"vda": Track(None, "")})) as moment:
-            uri = moment.sources["vda"].uri  # type: ignore[attr-defined]
+            uri = moment.sources["vda"].uri
             loop = 'while :; do "$@" || exit 1; done'
             copy = ["qemu-img", "convert", "-W", "-O", "raw", uri, str(place.path("copy.raw"))]
             with _running("sh", "-c", loop, "sh", *copy):

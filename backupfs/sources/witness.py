@@ -1,0 +1,54 @@
+"""Whether a moment still holds, asked of QEMU by NBD."""
+
+from collections import deque
+
+from backupfs.errors import ProtocolError
+from backupfs.sources.nbd import Request, Wire
+
+
+class Witness:
+    """An export that can be read for exactly as long as a disk's moment holds: see fleecing.py.
+
+    What was read before `check` began is of the moment when it returns. From any thread, and from several.
+
+    Args:
+        uri: of the export.
+        name: what messages call the disk.
+        timeout_s: how long QEMU may be silent.
+
+    Raises:
+        ConnectError: no connection.
+    """
+
+    def __init__(self, uri: str, name: str, timeout_s: float) -> None:
+        self.uri = uri
+        self.wire = Wire(uri, (), name, timeout_s, connections=1)
+        self._name = name
+
+    def ask(self, done: "deque[Request]") -> None:
+        """Send the question, for `judge` to be called with what comes into `done`. Raises SourceError."""
+        length = min(self.wire.unit, self.wire.size)
+        self.wire.ask_read(Request(0, length, done, data=memoryview(bytearray(length))))
+
+    def judge(self, answer: Request) -> None:
+        """Raise ProtocolError when the moment was lost."""
+        if answer.error is not None:
+            raise ProtocolError(
+                f"{self._name}: the moment is lost: the scratch was full, or too slow, for what the guest overwrote"
+            )
+
+    def check(self) -> None:
+        """Ask, and wait for the answer.
+
+        Raises:
+            ProtocolError: the moment was lost.
+            ConnectError: QEMU does not answer.
+        """
+        done: deque[Request] = deque()
+        self.ask(done)
+        self.wire.wait(done)
+        self.judge(done.popleft())
+
+    def close(self) -> None:
+        """Let the connection go. Waits for nothing."""
+        self.wire.close()
