@@ -288,8 +288,7 @@ def _dismantle(monitor: Monitor, scratch: Scratch) -> list[str]:
     # The guest first. Filters that are half in do it no harm.
     attempt("let the guest go on", partial(_go_on, monitor, scratch))
     attempt("end the exports", partial(_end_exports, monitor, prefix))
-    if scratch.serves():
-        attempt("stop the NBD server", partial(monitor.execute, "nbd-server-stop"))
+    attempt("stop the NBD server", partial(_stop_server, monitor, scratch))
     attempt("end the backup jobs", partial(_end_jobs, monitor, prefix))
     attempt("remove the nodes", partial(_remove_nodes, monitor, prefix, attempt))
     return failures
@@ -299,6 +298,11 @@ def _go_on(monitor: Monitor, scratch: Scratch) -> None:
     if scratch.was_paused and ask_status(monitor) == "paused":
         monitor.execute("cont")
     scratch.resumed()
+
+
+def _stop_server(monitor: Monitor, scratch: Scratch) -> None:
+    if scratch.serves():
+        monitor.execute("nbd-server-stop")
 
 
 def _remove_nodes(monitor: Monitor, prefix: str, attempt: Callable[[str, Callable[[], object]], None]) -> None:

@@ -24,13 +24,14 @@ from collections.abc import Iterator
 from backupfs.errors import ConnectError, SourceError
 from backupfs.sources.machine import PREFIX
 from backupfs.sources.monitor import owner, started
-from backupfs.units import MiB
+from backupfs.units import KiB, MiB
 
 log = logging.getLogger(__name__)
 
 _PATH_LIMIT = 107  # bytes in the path of a UNIX socket. Source: unix(7)
 _SHORT = "/tmp"  # noqa: S108, the folder made in it is private and has a name that nobody can guess
 _FLOOR = 256 * MiB
+_GOODBYE_S = 10.0  # for a server to let go of a client
 _NAME = re.compile(PREFIX + r"(?P<repository>[0-9a-f]{8})-(?P<session>[0-9a-f]{8})")
 _FILE = re.compile(r"lock|paused|nbd|\d+\.qcow2")
 
@@ -128,7 +129,11 @@ class Scratch:
         return os.path.lexists(os.path.join(self.path, "paused"))
 
     def serves(self) -> str | None:
-        """Return the path of the socket that a server of this session listens on, or None."""
+        """Return the path of the socket that a server of this session listens on, or None.
+
+        Raises:
+            SourceError: what listens there hangs.
+        """
         return next((path for path in self.sockets if _listened_on(path)), None)
 
     def belongs(self, pid: int) -> bool:
@@ -257,14 +262,27 @@ def forgotten(scratch: str, pid: int, used: set[str]) -> Iterator[Scratch]:
 
 
 def _listened_on(path: str) -> bool:
+    """Connect, and wait until the server has let go of us: it is going to be stopped.
+
+    QEMU (7.2) waits for ever, and its guest with it, when its server is stopped while it shakes hands with a client,
+    even one that has hung up. Raises SourceError.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as s:
-        s.setblocking(False)
+        s.settimeout(_GOODBYE_S)
         try:
             s.connect(path)
         except BlockingIOError:
             return True  # its backlog is full
         except OSError:
             return any(line.endswith(" " + path) for line in _listening())
+        try:
+            s.shutdown(socket.SHUT_WR)
+            while s.recv(KiB):
+                pass
+        except TimeoutError as e:
+            raise SourceError(f"{path}: the server there did not end a connection within {_GOODBYE_S:g} s") from e
+        except OSError:
+            pass  # it hung up first
         return True
 
 

@@ -293,6 +293,47 @@ def test_a_long_path_for_the_scratch(tmp_path: Path, disk: GuestDisk) -> None:
     assert {n for n in os.listdir("/tmp") if n.startswith("backupfs-0123")} == before
 
 
+def test_who_asks_whether_a_server_listens_waits_until_it_is_let_go(tmp_path: Path) -> None:
+    """QEMU 7.2 hangs, and its guest with it, when its server is stopped before it has noticed that somebody hung up."""
+    folder = scratch.Scratch(str(tmp_path), None)
+    assert folder.serves() is None
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+        server.bind(folder.socket)
+        server.listen()
+        let_go = threading.Event()
+
+        def serve() -> None:
+            client, _ = server.accept()
+            with client:
+                client.sendall(b"NBDMAGICIHAVEOPT\0\3")
+                assert client.recv(1) == b""
+                time.sleep(0.2)  # busy with its guest
+                let_go.set()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        assert folder.serves() == folder.socket
+        assert let_go.is_set()
+        thread.join()
+    with machine([]) as m:
+        os.unlink(folder.socket)
+        for _ in range(100):
+            m.qmp("nbd-server-start", addr={"type": "unix", "data": {"path": folder.socket}})
+            assert folder.serves() == folder.socket
+            m.qmp("nbd-server-stop")
+        assert folder.serves() is None
+
+
+def test_a_server_that_does_not_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "_GOODBYE_S", 0.2)
+    folder = scratch.Scratch(str(tmp_path), None)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+        server.bind(folder.socket)
+        server.listen()
+        with pytest.raises(SourceError, match="did not end a connection"):
+            folder.serves()
+
+
 @pytest.mark.parametrize(
     "answers",
     [
