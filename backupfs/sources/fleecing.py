@@ -10,7 +10,7 @@ overwrite into the scratch first; the scratch, over the image, is read.
     NBD exports: {session}-e0 of {session}-q0, {session}-w0 of {session}-a0
 
 A scratch that is full, or slow for 30 s, breaks the snapshot, not the guest's write: q0 shows what the guest wrote
-from then on, and every read of a0 fails. So a0 is the *witness*: what was read of q0 counts when a0 could be read
+from then on, and every request to a0 fails. So a0 is the *witness*: what was read of q0 counts when a0 answers
 afterwards. The disk itself is not read through a0: up to 7.2, QEMU looks into the image for a range of which only the
 beginning was copied, and so hands out zeroes for what the guest has discarded since.
 Source: hbitmap_status() of QEMU 7.2, util/hbitmap.c; tests/integration/test_fleecing.py shows it.
@@ -197,7 +197,7 @@ class Session:
         return self._serve("e", disk, self._name("q", disk), f"disk{disk.number}", bitmaps)
 
     def witness(self, disk: Fleeced) -> str | None:
-        """Serve what can be read as long as the moment holds; return the export's name. None: it holds always.
+        """Serve what answers as long as the moment holds; return the export's name. None: it holds always.
 
         Raises:
             SourceError: it can't be done.

@@ -85,7 +85,7 @@ class Export(NamedTuple):
 
     Attributes:
         uri: where it is.
-        witness: the URI of what can be read for as long as the export shows its moment, see Witness; None: it always
+        witness: the URI of what answers for as long as the export shows its moment, see Witness; None: it always
             does.
     """
 

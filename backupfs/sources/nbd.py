@@ -132,7 +132,6 @@ class Wire:
         contexts: the metadata contexts to ask for.
         name: what messages call the export.
         timeout_s: how long the server may be silent. libnbd asks a name server before, and waits for that one.
-        connections: at most.
 
     Attributes:
         size: of the export, bytes.
@@ -144,11 +143,8 @@ class Wire:
         ProtocolError: the size is none.
     """
 
-    def __init__(
-        self, uri: str, contexts: Iterable[str], name: str, timeout_s: float, connections: int = _CONNECTIONS
-    ) -> None:
+    def __init__(self, uri: str, contexts: Iterable[str], name: str, timeout_s: float) -> None:
         self._uri = uri
-        self._connections = connections
         self._name = name
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
@@ -215,7 +211,7 @@ class Wire:
         if not self._ready[0].handle.can_multi_conn():
             return
         deadline = time.monotonic() + _JOIN_S
-        for _ in range(self._connections - 1):
+        for _ in range(_CONNECTIONS - 1):
             try:
                 connection = _Connection(self._uri, ())
                 self._handshake(connection, deadline)

@@ -5,11 +5,14 @@ from collections import deque
 from backupfs.errors import ProtocolError
 from backupfs.sources.nbd import Request, Wire
 
+_ALLOCATION = "base:allocation"
+
 
 class Witness:
-    """An export that can be read for exactly as long as a disk's moment holds: see fleecing.py.
+    """An export that tells its block status for exactly as long as a disk's moment holds: see fleecing.py.
 
-    What was read before `check` began is of the moment when it returns. From any thread, and from several.
+    What was read before `check` began is of the moment when it returns. It is asked after a sector's status, not read:
+    that has no part in what the disk can't read. From any thread, and from several.
 
     Args:
         uri: of the export.
@@ -22,17 +25,16 @@ class Witness:
 
     def __init__(self, uri: str, name: str, timeout_s: float) -> None:
         self.uri = uri
-        self.wire = Wire(uri, (), name, timeout_s, connections=1)
+        self.wire = Wire(uri, [_ALLOCATION], name, timeout_s)
         self._name = name
 
     def ask(self, done: "deque[Request]") -> None:
         """Send the question, for `judge` to be called with what comes into `done`. Raises SourceError."""
-        length = min(self.wire.unit, self.wire.size)
-        self.wire.ask_read(Request(0, length, done, data=memoryview(bytearray(length))))
+        self.wire.ask_status(Request(0, min(self.wire.unit, self.wire.size), done))
 
     def judge(self, answer: Request) -> None:
         """Raise ProtocolError when the moment was lost."""
-        if answer.error is not None:
+        if answer.error is not None or not answer.answers.get(_ALLOCATION):
             raise ProtocolError(
                 f"{self._name}: the moment is lost: the scratch was full, or too slow, for what the guest overwrote"
             )
