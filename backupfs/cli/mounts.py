@@ -48,7 +48,6 @@ def mount(
     written is gone when the mount is.
     """
     from backupfs.services import mount as service  # noqa: PLC0415, pyfuse3 is not needed for the other commands
-    from backupfs.sources.live_link import Export  # noqa: PLC0415, nor is libnbd
 
     service.mount(
         repository_path(),
@@ -56,7 +55,7 @@ def mount(
         foreground=foreground,
         allow_other=allow_other,
         options=options,
-        live={place: Export(uri) for place, uri in map(_export, live)},
+        live=dict(_export(text) for text in live),
         passthrough=not no_passthrough,
         scratch=scratch,
         keep_scratch=keep_scratch,

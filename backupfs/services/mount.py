@@ -26,6 +26,7 @@ from backupfs.services.live import Exports, LiveCatalogue, LiveDisks, check_expo
 from backupfs.services.overlay import OverlayImage
 from backupfs.services.scratch import Disk, ScratchFolder
 from backupfs.services.volumes import Volumes
+from backupfs.sources.live_link import Export
 from backupfs.units import MiB, parse_time
 
 log = logging.getLogger(__name__)
@@ -153,7 +154,7 @@ def mount(
     foreground: bool,
     allow_other: bool,
     options: Sequence[str],
-    live: Exports = MappingProxyType({}),
+    live: Mapping[tuple[str, str], str] = MappingProxyType({}),
     passthrough: bool = True,
     scratch: str | None = None,
     keep_scratch: bool = False,
@@ -167,7 +168,7 @@ def mount(
             return as soon as it answers.
         allow_other: let other users read it too.
         options: as mount(8) gives them with `-o`; checked, and dropped if they say what is so anyway.
-        live: NBD exports to show beside the points. They need not be there.
+        live: NBD exports to show beside the points: by VM and disk, their URIs. They need not be there.
         passthrough: have the kernel read hydrated disks by itself, if it can.
         scratch: a folder; every disk can then be written to as well, and what is written goes there.
         keep_scratch: keep that when the mount ends, and go on with what is there.
@@ -189,11 +190,11 @@ def mount(
     how = _How(
         allow_other or "allow_other" in chosen,
         passthrough and "no_passthrough" not in chosen,
-        live,
+        {place: Export(uri) for place, uri in live.items()},
         scratches.pop() if scratches else None,
         keep_scratch,
     )
-    check_exports(live)
+    check_exports(how.live)
     if foreground:
         _run(repository, mountpoint, how)
     else:
@@ -238,7 +239,7 @@ class _How:
 def _start(repository: str, path: str, how: _How) -> None:
     arguments = ["-r", repository, "mount", "--foreground", *(["--allow-other"] if how.allow_other else [])]
     arguments += [] if how.passthrough else ["--no-passthrough"]
-    arguments += [f"--live={vm}/{disk}={uri}" for (vm, disk), uri in how.live.items()]
+    arguments += [f"--live={vm}/{disk}={export.uri}" for (vm, disk), export in how.live.items()]
     arguments += [f"--scratch={how.scratch}"] if how.scratch else []
     arguments += ["--keep-scratch"] if how.keep_scratch else []
     arguments.append(path)

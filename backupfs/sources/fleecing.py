@@ -231,12 +231,6 @@ class Session:
                 f"disk {lost.device.name}: somebody took away in QEMU what kept the moment: the point is dropped"
             )
 
-    def cut(self) -> None:
-        """End all exports at once: whoever reads gets an error. Raises SourceError."""
-        for disk in self._disks:
-            for kind in "e" if self._method == "job" else "ew":
-                self._monitor.execute("block-export-del", {"id": self._name(kind, disk), "mode": "hard"})
-
 
 def _set_drive(monitor: Monitor, device: Device, node: str) -> None:
     monitor.execute("qom-set", {"path": device.path, "property": "drive", "value": node})

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import os
 import select
-import socket
 import threading
 import time
 from collections import deque
@@ -75,9 +74,13 @@ class _Connection:
             raise
 
     def close(self) -> None:
-        """Cut the connection now. Before it is ready nothing else will do: a traceback may hold the handle for long."""
-        with contextlib.suppress(nbd.Error, OSError), socket.socket(fileno=os.dup(self.handle.aio_get_fd())) as cut:
-            cut.shutdown(socket.SHUT_RDWR)
+        """Close the socket now: a traceback may hold the handle, which does that at its end, for long.
+
+        Shut down it would not be enough. QEMU waits, and its guest with it, when an export goes while what was sent to
+        a client is neither read nor thrown away; so the descriptor becomes one of nothing.
+        """
+        with contextlib.suppress(nbd.Error, OSError), open(os.devnull, "rb") as nothing:
+            os.dup2(nothing.fileno(), self.handle.aio_get_fd(), inheritable=False)
 
     def notify(self, events: int) -> None:
         """Let libnbd do what the socket is ready for. Raises nbd.Error when the connection is lost."""
@@ -345,6 +348,8 @@ class Wire:
 
     def _drop(self, failure: SourceError) -> None:
         self._failure = self._failure or failure
+        for connection in self._ready:
+            connection.close()
         self._ready = []
 
     def close(self) -> None:

@@ -111,11 +111,10 @@ class QmpMoment:
         return f"nbd+unix:///{export}?socket={quote(self._folder.socket)}"
 
     def _watch_scratch(self, folder: scratch.Scratch) -> None:
-        """End the exports before the scratch fills its file system, and when a moment was lost all the same.
+        """End the reading before the scratch fills its file system, and when a moment was lost all the same.
 
-        Whoever reads gets an error then.
+        Our connections are closed, not QEMU's exports: it would wait for whoever does not read on at once.
         """
-        assert self._session is not None
         while not self._over.wait(_LOOK_S):
             with contextlib.suppress(SourceError):
                 if folder.free() <= 0:
@@ -126,7 +125,8 @@ class QmpMoment:
                 else:
                     self._hold(folder)
                 if self._failure is not None:
-                    self._session.cut()
+                    for source in list(self._sources.values()):
+                        source.close()
                     self.on_broken()
                     return
 

@@ -12,7 +12,7 @@ from qmp_client import Refused
 from servers import run
 
 from backupfs.errors import ConnectError, SourceError
-from backupfs.sources import qmp
+from backupfs.sources import nbd, qmp
 from backupfs.sources.machine import Moment
 from backupfs.units import KiB, MiB
 
@@ -265,6 +265,38 @@ def test_somebody_takes_away_what_keeps_the_moment(tmp_path: Path, chain: Chain,
         assert chain.reasons["disk"] == ""
 
 
+def can_be_read(moment: Moment) -> bool:
+    try:
+        content(moment.sources["disk"])
+    except SourceError:
+        return False
+    return True
+
+
+def test_who_stops_in_the_middle_of_reading_does_not_hold_the_guest(
+    tmp_path: Path, chain: Chain, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """QEMU waits, when an export goes, until what it has sent is read or thrown away (7.2, 10.0)."""
+    disk = image(tmp_path, "disk")
+    with machine([disk]) as m:
+        m.write(disk, 0, SIZE, 1)
+
+        def stop(connection: object) -> None:
+            time.sleep(0.2)  # until QEMU has sent as much as the sockets take
+            raise KeyboardInterrupt
+
+        def read(moment: Moment) -> None:
+            with monkeypatch.context() as patch:
+                patch.setattr(nbd._Connection, "collect", stop)
+                content(moment.sources["disk"])
+
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):  # which keeps all frames, and what they know, until the end
+            chain.take(m, read)
+        assert time.monotonic() - began < 10
+        assert_clean(m)
+
+
 def test_scratch_runs_full(tmp_path: Path, chain: Chain, method: str) -> None:
     """The backup ends, with a clear error; no guest write fails, and the next point covers everything."""
     if os.geteuid() != 0:
@@ -283,7 +315,7 @@ def test_scratch_runs_full(tmp_path: Path, chain: Chain, method: str) -> None:
                     m.write(disk, k * MiB, MiB, k + 0x80)
                 if method == "job":
                     (chain.scratch / "other").write_bytes(bytes(1600 * KiB))
-                wait_until(lambda: m.qmp("query-block-exports") == [])
+                wait_until(lambda: not can_be_read(moment))
 
             with pytest.raises(SourceError, match="too little space is left"):
                 chain.take(m, overwrite)
