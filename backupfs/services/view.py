@@ -45,7 +45,7 @@ def view(
             names.check_name(disk.name, "disk")
         with contextlib.closing(machine.view()) as moment:
             # The mount ends, and with it what fills the scratch. Its session takes the signal as umount.
-            moment.on_broken = lambda: os.kill(os.getpid(), signal.SIGTERM)
+            moment.call_when_broken(lambda: os.kill(os.getpid(), signal.SIGTERM))
             exports = {(vm, name): _export(source) for name, source in moment.sources.items()}
             show_exports(exports, mountpoint, allow_other=allow_other, on_ready=on_ready)
             moment.check()

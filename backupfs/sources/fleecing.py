@@ -7,13 +7,15 @@ overwrite into the scratch first; the scratch, over the image, is read.
     device -> {session}-f0 copy-before-write -file-> the disk's image <-backing- {session}-q0
                      ^   `-target-> {session}-q0 qcow2 -> {session}-s0 scratch file
                      `- {session}-a0 snapshot-access
-    NBD exports: {session}-e0 of {session}-q0, {session}-w0 of {session}-a0
+    NBD exports: {session}-e0 of {session}-q0, {session}-w0 of {session}-a0, {session}-r0 of {session}-f0
 
 A scratch that is full, or slow for 30 s, breaks the snapshot, not the guest's write: q0 shows what the guest wrote
 from then on, and every request to a0 fails. So a0 is the *witness*: what was read of q0 counts when a0 answers
 afterwards. The disk itself is not read through a0: up to 7.2, QEMU looks into the image for a range of which only the
 beginning was copied, and so hands out zeroes for what the guest has discarded since.
 Source: hbitmap_status() of QEMU 7.2, util/hbitmap.c; tests/integration/test_fleecing.py shows it.
+
+r0 is for nobody: as long as it is there, QEMU refuses to resize the disk. What a shorter disk loses no filter copies.
 
 All filters go in while the guest is stopped, for a few milliseconds: one moment of all disks.
 
@@ -207,6 +209,20 @@ class Session:
         node = self._name("a", disk)
         self._add(driver="snapshot-access", node_name=node, file=self._name("f", disk))
         return self._serve("w", disk, node, f"witness{disk.number}", [])
+
+    def keep_sizes(self) -> None:
+        """See to it that QEMU resizes no disk from now on (as it does with the job), and that none was resized.
+
+        Raises:
+            SourceError: it can't be done, or one was.
+        """
+        if self._method == "filter":
+            for disk in self._disks:
+                self._serve("r", disk, self._name("f", disk), f"size{disk.number}", [])
+        nodes = ask_blocks(self._monitor).nodes
+        for disk in self._disks:
+            if disk.node.name not in nodes or nodes[disk.node.name].size != disk.node.size:
+                raise SourceError(f"{self._monitor.path}: disk {disk.device.name} was resized just now")
 
     def _serve(self, kind: str, disk: Fleeced, node: str, name: str, bitmaps: list[dict[str, str]]) -> str:
         export = {"type": "nbd", "id": self._name(kind, disk), "node-name": node, "name": name, "writable": False}

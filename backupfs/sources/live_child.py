@@ -211,6 +211,8 @@ def main() -> None:
         reader = _Reader(wire, slots, _Proof(witness) if witness else None)
         holes = wire.offers(_ALLOCATION)
         greeting = {"size": wire.size, "allocated": _allocated(wire) if holes else wire.size, "holes": holes}
+        if witness:
+            witness.check()
         control.send(json.dumps(greeting).encode())
         reader.run()
     except SourceError as e:

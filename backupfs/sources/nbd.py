@@ -29,6 +29,7 @@ _NONSENSE = (0, errno.EINVAL, errno.EPROTO)  # libnbd's errno for replies that a
 _HUNG_UP = ("disconnected", "invalid state", "not in a connected state", "no longer connected")
 _JOIN_S = 1.0  # for all connections but the first: a server may promise them and let them wait for ever
 _SLICE_S = 0.1  # how long the lock is held while waiting, so that close() from another thread gets it
+_NOTHING = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # at hand when descriptors have run out
 
 
 @dataclass(slots=True, eq=False)
@@ -79,8 +80,8 @@ class _Connection:
         Shut down it would not be enough. QEMU waits, and its guest with it, when an export goes while what was sent to
         a client is neither read nor thrown away; so the descriptor becomes one of nothing.
         """
-        with contextlib.suppress(nbd.Error, OSError), open(os.devnull, "rb") as nothing:
-            os.dup2(nothing.fileno(), self.handle.aio_get_fd(), inheritable=False)
+        with contextlib.suppress(nbd.Error, OSError):
+            os.dup2(_NOTHING, self.handle.aio_get_fd(), inheritable=False)
 
     def notify(self, events: int) -> None:
         """Let libnbd do what the socket is ready for. Raises nbd.Error when the connection is lost."""
@@ -155,17 +156,19 @@ class Wire:
         self._progress = 0.0  # when something came last, on time.monotonic's clock; whichever thread saw it
         self._ready: list[_Connection] = []
         self._wide = False
+        first = None
         try:
-            first = _Connection(uri, contexts)
+            with interrupts.deferred():
+                first = _Connection(uri, contexts)
+            self._handshake(first, time.monotonic() + timeout_s)
+            self.size = _export_size(first.handle, name)
         except nbd.Error as e:
             raise ConnectError(f"{name}: can't connect: {_reason(e)}") from e
-        self._handshake(first, time.monotonic() + timeout_s)
-        self._ready.append(first)
-        try:
-            self.size = _export_size(first.handle, name)
         except BaseException:
-            first.close()
+            if first is not None:
+                first.close()
             raise
+        self._ready.append(first)
         self.unit = int(first.handle.get_block_size(nbd.SIZE_MINIMUM)) or 1
         self.maximum = int(first.handle.get_block_size(nbd.SIZE_MAXIMUM)) or _MAX_REQUEST
 
@@ -270,7 +273,7 @@ class Wire:
         def note(context: str, offset: int, numbers: list[int], error: object) -> None:
             request.answers[context] = numbers
 
-        with self._lock:
+        with interrupts.deferred(), self._lock:
             self._check()
             try:
                 cookie = self._ready[0].handle.aio_block_status(request.length, request.offset, note)

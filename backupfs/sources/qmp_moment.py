@@ -61,7 +61,8 @@ class QmpMoment:
         self._published = False
         self._over = threading.Event()
         self._watch: threading.Thread | None = None
-        self.on_broken: Callable[[], None] = lambda: None  # called in a thread when the scratch got full
+        self._breaking = threading.Lock()
+        self._on_broken: Callable[[], None] = lambda: None
 
     def begin(self, folder: str, method: Method) -> "QmpMoment":
         """Make the moment, and open the sources; `folder`: for the scratch.
@@ -103,6 +104,7 @@ class QmpMoment:
                 source.witness = Witness(self._uri(witness), description, self._timeout_s)
             source.format = disk.node.driver
             source.bitmap_problem = self._problems[name] or source.bitmap_problem
+        self._session.keep_sizes()
         self._watch = threading.Thread(target=self._watch_scratch, args=(self._folder,), name="scratch", daemon=True)
         self._watch.start()
 
@@ -116,30 +118,47 @@ class QmpMoment:
         Our connections are closed, not QEMU's exports: it would wait for whoever does not read on at once.
         """
         while not self._over.wait(_LOOK_S):
-            with contextlib.suppress(SourceError):
-                if folder.free() <= 0:
-                    self._failure = (
-                        f"{folder.path}: too little space is left for what the guest overwrites during the backup; "
-                        "give it another folder with --scratch, or back up while the guest writes less"
-                    )
-                else:
-                    self._hold(folder)
-                if self._failure is not None:
-                    for source in list(self._sources.values()):
-                        source.close()
-                    self.on_broken()
-                    return
+            problem = self._problem(folder)
+            if problem is not None:
+                with self._breaking:
+                    self._failure, call = problem, self._on_broken
+                for source in list(self._sources.values()):
+                    source.close()
+                call()
+                return
 
-    def _hold(self, folder: scratch.Scratch) -> None:
-        """Look whether the moment was lost, which is a failure then. Raises ConnectError when QEMU does not answer."""
+    def _problem(self, folder: scratch.Scratch) -> str | None:
+        """Return what ends the moment, if anything does. What QEMU does not answer now it may answer later."""
+        with contextlib.suppress(SourceError):
+            if folder.free() <= 0:
+                return (
+                    f"{folder.path}: too little space is left for what the guest overwrites during the backup; "
+                    "give it another folder with --scratch, or back up while the guest writes less"
+                )
         for source in list(self._sources.values()):
-            try:
-                source.hold()
-            except ProtocolError as e:
-                with contextlib.suppress(SourceError):
-                    left = format_size(max(folder.free(), 0))
-                    self._failure = f"{e} ({left} are left in {folder.path}); give it another folder with --scratch"
-                self._failure = self._failure or str(e)
+            with contextlib.suppress(ConnectError):
+                if lost := self._lost(source, folder):
+                    return lost
+        return None
+
+    @staticmethod
+    def _lost(source: "FleecedSource", folder: scratch.Scratch) -> str | None:
+        """Say whether a disk's moment was lost, and why. Raises ConnectError when QEMU does not answer."""
+        try:
+            source.hold()
+        except ProtocolError as e:
+            with contextlib.suppress(SourceError):
+                left = format_size(max(folder.free(), 0))
+                return f"{e} ({left} are left in {folder.path}); give it another folder with --scratch"
+            return str(e)
+        return None
+
+    def call_when_broken(self, call: Callable[[], None]) -> None:
+        """Have `call` called, in a thread, when the moment can't be kept; at once if that has happened."""
+        with self._breaking:
+            self._on_broken, late = call, self._failure is not None
+        if late:
+            call()
 
     def _explain(self, error: SourceError) -> SourceError:
         """Return what to tell instead of an error while reading."""
@@ -160,7 +179,15 @@ class QmpMoment:
             assert self._session is not None
             assert self._folder is not None
             self._session.check()
-            self._hold(self._folder)
+            for source in self._sources.values():
+                try:
+                    lost = self._lost(source, self._folder)
+                except ConnectError:
+                    if self._failure is None:
+                        raise
+                    break  # closed by who watches
+                if lost is not None:
+                    raise SourceError(lost)
         if self._failure is not None:
             raise SourceError(self._failure)
 

@@ -19,6 +19,7 @@ import secrets
 import socket
 import stat
 import subprocess
+import time
 from collections.abc import Iterator
 
 from backupfs.errors import ConnectError, SourceError
@@ -134,7 +135,7 @@ class Scratch:
         Raises:
             SourceError: what listens there hangs.
         """
-        return next((path for path in self.sockets if _listened_on(path)), None)
+        return self.socket if _listened_on(self.socket) else None
 
     def belongs(self, pid: int) -> bool:
         """Say whether the session's QEMU is the process `pid`."""
@@ -267,6 +268,7 @@ def _listened_on(path: str) -> bool:
     QEMU (7.2) waits for ever, and its guest with it, when its server is stopped while it shakes hands with a client,
     even one that has hung up. Raises SourceError.
     """
+    deadline = time.monotonic() + _GOODBYE_S
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as s:
         s.settimeout(_GOODBYE_S)
         try:
@@ -278,7 +280,7 @@ def _listened_on(path: str) -> bool:
         try:
             s.shutdown(socket.SHUT_WR)
             while s.recv(KiB):
-                pass
+                s.settimeout(max(deadline - time.monotonic(), 0.001))
         except TimeoutError as e:
             raise SourceError(f"{path}: the server there did not end a connection within {_GOODBYE_S:g} s") from e
         except OSError:

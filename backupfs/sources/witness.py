@@ -1,8 +1,9 @@
 """Whether a moment still holds, asked of QEMU by NBD."""
 
+import threading
 from collections import deque
 
-from backupfs.errors import ProtocolError
+from backupfs.errors import ConnectError, ProtocolError
 from backupfs.sources.nbd import Request, Wire
 
 _ALLOCATION = "base:allocation"
@@ -25,8 +26,14 @@ class Witness:
 
     def __init__(self, uri: str, name: str, timeout_s: float) -> None:
         self.uri = uri
-        self.wire = Wire(uri, [_ALLOCATION], name, timeout_s)
         self._name = name
+        self._timeout_s = timeout_s
+        self._checking = threading.Lock()
+        self._closed = False
+        self.wire = self._connect()
+
+    def _connect(self) -> Wire:
+        return Wire(self.uri, [_ALLOCATION], self._name, self._timeout_s)
 
     def ask(self, done: "deque[Request]") -> None:
         """Send the question, for `judge` to be called with what comes into `done`. Raises SourceError."""
@@ -40,12 +47,24 @@ class Witness:
             )
 
     def check(self) -> None:
-        """Ask, and wait for the answer.
+        """Ask, and wait for the answer; over a new connection if there was none, which can tell as well.
 
         Raises:
             ProtocolError: the moment was lost.
             ConnectError: QEMU does not answer.
         """
+        with self._checking:
+            try:
+                self._check()
+            except ConnectError:
+                if self._closed:
+                    raise
+                self.wire = self._connect()
+                if self._closed:  # in the meantime
+                    self.wire.close()
+                self._check()
+
+    def _check(self) -> None:
         done: deque[Request] = deque()
         self.ask(done)
         self.wire.wait(done)
@@ -53,4 +72,5 @@ class Witness:
 
     def close(self) -> None:
         """Let the connection go. Waits for nothing."""
+        self._closed = True
         self.wire.close()

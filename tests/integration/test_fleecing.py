@@ -4,15 +4,16 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from guest import GuestDisk, machine
+from guest import GuestDisk, Machine, machine
 from moments import Chain, assert_clean, content
 from qmp_client import Refused
 from servers import run
 
 from backupfs.errors import ConnectError, SourceError
-from backupfs.sources import nbd, qmp
+from backupfs.sources import fleecing, nbd, qmp
 from backupfs.sources.machine import Moment
 from backupfs.units import KiB, MiB
 
@@ -238,6 +239,54 @@ def test_a_snapshot_during_a_backup_is_refused(tmp_path: Path, chain: Chain, met
         assert_clean(m, chain)
         assert chain.take(m)["disk"][:STEP] == b"\x09" * STEP
         assert chain.reasons["disk"] == ""
+
+
+def filter_of(m: Machine) -> str | None:
+    """Return the name of the first disk's filter."""
+    nodes = [node["node-name"] for node in m.qmp("query-named-block-nodes", flat=True)]
+    return next((name for name in nodes if name.startswith("backupfs-") and name.endswith("-f0")), None)
+
+
+@pytest.mark.parametrize("attach", ["virtio-blk", "drive"])
+@pytest.mark.parametrize("size", [SIZE // 2, SIZE * 2])
+def test_a_disk_keeps_its_size_during_a_backup(
+    tmp_path: Path, chain: Chain, method: str, attach: str, size: int
+) -> None:
+    """QEMU sees to it. What a disk loses when it gets shorter, nothing copies before."""
+    disk = image(tmp_path, "disk", "raw", attach)
+    with machine([disk]) as m:
+        m.write(disk, 0, SIZE, 1)
+
+        def resize(moment: Moment) -> None:
+            ways = [{"device": "disk"}] if attach == "drive" else [{"node_name": "disk-fmt"}]
+            ways += [{"node_name": name} for name in (filter_of(m),) if name]
+            for way in ways:
+                with pytest.raises(Refused):
+                    m.qmp("block_resize", **way, size=size)
+            m.write(disk, SIZE - STEP, STEP, 2)
+
+        assert chain.take(m, resize)["disk"] == b"\1" * SIZE
+        assert_clean(m, chain)
+        m.qmp("block_resize", **({"device": "disk"} if attach == "drive" else {"node_name": "disk-fmt"}), size=size)
+
+
+def test_a_disk_that_is_resized_right_at_the_moment(
+    tmp_path: Path, chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = image(tmp_path, "disk", "raw")
+    with machine([disk]) as m:
+        freeze = fleecing.Session.freeze
+
+        def resized(session: fleecing.Session, *words: Any) -> None:
+            freeze(session, *words)
+            m.qmp("block_resize", node_name=filter_of(m), size=SIZE // 2)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fleecing.Session, "freeze", resized)
+            with pytest.raises(SourceError, match="disk disk was resized just now"):
+                chain.take(m)
+        assert_clean(m)
+        assert len(chain.take(m)["disk"]) == SIZE // 2
 
 
 def test_somebody_takes_away_what_keeps_the_moment(tmp_path: Path, chain: Chain, method: str) -> None:

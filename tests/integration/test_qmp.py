@@ -1,7 +1,9 @@
 """The connection to QEMU's monitor, and what is refused before anything is touched."""
 
+import contextlib
 import os
 import pwd
+import secrets
 import signal
 import socket
 import stat
@@ -285,12 +287,11 @@ def test_qemu_of_another_user() -> None:
 def test_a_long_path_for_the_scratch(tmp_path: Path, disk: GuestDisk) -> None:
     long = tmp_path / ("x" * 120)
     long.mkdir()
-    chain = Chain(long)
-    before = {n for n in os.listdir("/tmp") if n.startswith("backupfs-0123")}
+    chain = Chain(long, repository=secrets.token_hex(16))
     with machine([disk]) as m:
         chain.take(m)
         assert_clean(m, chain)
-    assert {n for n in os.listdir("/tmp") if n.startswith("backupfs-0123")} == before
+    assert [n for n in os.listdir("/tmp") if n.startswith(f"backupfs-{chain.repository[:8]}")] == []
 
 
 def test_who_asks_whether_a_server_listens_waits_until_it_is_let_go(tmp_path: Path) -> None:
@@ -332,6 +333,20 @@ def test_a_server_that_does_not_let_go(tmp_path: Path, monkeypatch: pytest.Monke
         server.listen()
         with pytest.raises(SourceError, match="did not end a connection"):
             folder.serves()
+        server.accept()[0].close()
+
+        def talk() -> None:
+            client, _ = server.accept()
+            with client, contextlib.suppress(OSError):
+                while True:
+                    client.send(b"x")
+                    time.sleep(0.05)
+
+        thread = threading.Thread(target=talk)
+        thread.start()
+        with pytest.raises(SourceError, match="did not end a connection"):
+            folder.serves()
+        thread.join()
 
 
 @pytest.mark.parametrize(

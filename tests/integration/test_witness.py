@@ -1,7 +1,9 @@
 """A moment of a running QEMU that breaks: who reads it, for a backup or in a mount, gets an error, no wrong bytes."""
 
 import os
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -10,14 +12,14 @@ import pytest
 from guest import GuestDisk, Machine, machine
 from moments import Chain, assert_clean, content
 from mounts import wait_until
-from servers import run
+from servers import freeze, run
 
 from backupfs.errors import SourceError
 from backupfs.sources.live_image import LiveImage
 from backupfs.sources.live_link import Export
 from backupfs.sources.machine import Moment
 from backupfs.sources.qmp import open_qmp
-from backupfs.sources.qmp_moment import FleecedSource
+from backupfs.sources.qmp_moment import FleecedSource, QmpMoment
 from backupfs.sources.scratch import Scratch
 from backupfs.units import MiB
 
@@ -85,6 +87,49 @@ def shown(m: Machine, chain: Chain) -> Iterator[tuple[LiveImage, FleecedSource]]
         with closing(LiveImage(Export(source.uri, source.witness.uri), "vda", 20.0)) as image:
             image.connect()
             yield image, source
+
+
+def test_qemu_was_silent_while_nobody_read(disk: GuestDisk, chain: Chain) -> None:
+    """For longer than it may be: the witness' connection is lost, not the moment."""
+    with machine([disk]) as m:
+        m.write(disk, 0, SIZE, OLD[0])
+
+        def pause(moment: Moment) -> None:
+            freeze(m.process.pid)
+            time.sleep(3)
+            m.process.send_signal(signal.SIGCONT)
+            overwrite(m, disk, 0, 1)
+
+        assert chain.take(m, pause, timeout_s=1.0)["vda"] == OLD * SIZE
+        assert_clean(m, chain)
+
+
+def test_a_moment_that_breaks_is_told_to_whom_it_concerns(disk: GuestDisk, chain: Chain) -> None:
+    with machine([disk]) as m:
+        m.write(disk, 0, SIZE, OLD[0])
+
+        def tell(moment: Moment) -> None:
+            assert isinstance(moment, QmpMoment)
+            early, late = threading.Event(), threading.Event()
+            moment.call_when_broken(early.set)
+            overwrite(m, disk, 0, 16)
+            assert early.wait(20)
+            moment.call_when_broken(late.set)
+            assert late.is_set()
+
+        with pytest.raises(SourceError, match="the moment is lost"):
+            chain.take(m, tell)
+
+
+def test_who_comes_after_the_break_gets_no_connection(disk: GuestDisk, chain: Chain) -> None:
+    with machine([disk]) as m:
+        m.write(disk, 0, SIZE, OLD[0])
+        with shown(m, chain) as (_, source):
+            assert source.witness is not None
+            overwrite(m, disk, 0, 16)
+            late = LiveImage(Export(source.uri, source.witness.uri), "vda", 20.0)
+            with closing(late), pytest.raises(SourceError, match="the moment is lost"):
+                late.connect()
 
 
 def test_a_moment_that_is_shown_fails_for_good_when_it_breaks(disk: GuestDisk, chain: Chain) -> None:
