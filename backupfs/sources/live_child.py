@@ -208,11 +208,11 @@ def main() -> None:
     try:
         wire = Wire(order["uri"], [_ALLOCATION], order["name"], order["timeout_s"])
         witness = Witness(order["witness"], order["name"], order["timeout_s"]) if order["witness"] else None
-        reader = _Reader(wire, slots, _Proof(witness) if witness else None)
         holes = wire.offers(_ALLOCATION)
         greeting = {"size": wire.size, "allocated": _allocated(wire) if holes else wire.size, "holes": holes}
         if witness:
             witness.check()
+        reader = _Reader(wire, slots, _Proof(witness) if witness else None)
         control.send(json.dumps(greeting).encode())
         reader.run()
     except SourceError as e:

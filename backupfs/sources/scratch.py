@@ -280,7 +280,10 @@ def _listened_on(path: str) -> bool:
         try:
             s.shutdown(socket.SHUT_WR)
             while s.recv(KiB):
-                s.settimeout(max(deadline - time.monotonic(), 0.001))
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    raise TimeoutError
+                s.settimeout(left_s)
         except TimeoutError as e:
             raise SourceError(f"{path}: the server there did not end a connection within {_GOODBYE_S:g} s") from e
         except OSError:

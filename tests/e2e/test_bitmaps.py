@@ -192,7 +192,8 @@ def test_two_chains_with_bitmaps_of_their_own(repo: Path, image: Path) -> None:
 
 def test_a_source_that_fails_half_way(repo: Path, tmp_path: Path) -> None:
     trigger = tmp_path / "fail"
-    options = ["--filter=error"]
+    # nbdkit 1.32 with several threads now and then aborts when a client goes that has requests in flight.
+    options = ["--filter=error", "--threads=1"]
     arguments = ["pattern", "size=64M", "error-pread=EIO", "error-pread-rate=100%", f"error-pread-file={trigger}"]
     with servers.nbdkit(*arguments, options=options) as server:
         first = backupfs_json(repo, "backup", "web01", f"vda={server.uri}")

@@ -392,7 +392,7 @@ def test_torn_records(tmp_path: Path) -> None:
             if shown is not None:
                 assert (system.notes, differences(system, shown)) == ((), [])
                 compared += 1
-    assert compared >= 8
+    assert compared >= (8 if LONG else 3)  # the kernel refuses some
 
 
 def test_a_damaged_log(tmp_path: Path) -> None:
