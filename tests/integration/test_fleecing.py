@@ -342,7 +342,7 @@ def test_who_stops_in_the_middle_of_reading_does_not_hold_the_guest(
         began = time.monotonic()
         with pytest.raises(KeyboardInterrupt):  # which keeps all frames, and what they know, until the end
             chain.take(m, read)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 15
         assert_clean(m)
 
 

@@ -96,11 +96,11 @@ def test_qemu_was_silent_while_nobody_read(disk: GuestDisk, chain: Chain) -> Non
 
         def pause(moment: Moment) -> None:
             freeze(m.process.pid)
-            time.sleep(3)
+            time.sleep(7)
             m.process.send_signal(signal.SIGCONT)
             overwrite(m, disk, 0, 1)
 
-        assert chain.take(m, pause, timeout_s=1.0)["vda"] == OLD * SIZE
+        assert chain.take(m, pause, timeout_s=3.0)["vda"] == OLD * SIZE
         assert_clean(m, chain)
 
 
