@@ -11,8 +11,8 @@ overwrite into the scratch first; the scratch, over the image, is read.
 
 A scratch that is full, or slow for 30 s, breaks the snapshot, not the guest's write: q0 shows what the guest wrote
 from then on, and every request to a0 fails. So a0 is the *witness*: what was read of q0 counts when a0 answers
-afterwards. The disk itself is not read through a0: up to 7.2, QEMU looks into the image for a range of which only the
-beginning was copied, and so hands out zeroes for what the guest has discarded since.
+afterwards. The disk itself is not read through a0: QEMU 7.2 looks into the image for a range of which only the
+beginning was copied, and so hands out zeroes for what the guest has discarded since (10.0 does not).
 Source: hbitmap_status() of QEMU 7.2, util/hbitmap.c; tests/integration/test_fleecing.py shows it.
 
 r0 is for nobody: as long as it is there, QEMU refuses to resize the disk. What a shorter disk loses no filter copies.
@@ -325,7 +325,6 @@ def _remove_nodes(monitor: Monitor, prefix: str, attempt: Callable[[str, Callabl
     delete("a")  # before its filter: as long as it reads there, nobody else may write below
     for device in blocks.devices:
         if device.node.startswith(prefix):
-            # What is below now, not what was: somebody may have taken a snapshot.
             below = blocks.children.get((device.node, "file"), "")
             attempt(f"take the filter out of {device.name}", partial(_set_drive, monitor, device, below))
     for kind in "fqs":

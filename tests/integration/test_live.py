@@ -48,8 +48,8 @@ def export(tmp_path: Path) -> Iterator[Export]:
 
 
 @contextmanager
-def connected(uri: str, deadline_s: float = 5.0, witness: str | None = None) -> Iterator[LiveImage]:
-    image = LiveImage(LiveExport(uri, witness), "web/vda", deadline_s)
+def connected(uri: str, deadline_s: float = 5.0) -> Iterator[LiveImage]:
+    image = LiveImage(LiveExport(uri), "web/vda", deadline_s)
     try:
         image.connect()
         yield image

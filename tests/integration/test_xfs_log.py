@@ -381,8 +381,10 @@ def test_torn_records(tmp_path: Path) -> None:
     with in_use(disk, tmp_path / "mnt") as root:
         change(root, chance, 500)
     _, records, head = log_of(disk)
-    compared = 0
-    for _ in range(60 if LONG else 10):
+    compared = tried = 0
+    while compared < (50 if LONG else 8):
+        tried += 1
+        assert tried <= (200 if LONG else 40), "the kernel refuses most"
         shutil.copyfile(disk, copy)
         begin = records[-chance.randrange(1, 8)]
         for sector in range(begin, head):
@@ -392,7 +394,6 @@ def test_torn_records(tmp_path: Path) -> None:
             if shown is not None:
                 assert (system.notes, differences(system, shown)) == ((), [])
                 compared += 1
-    assert compared >= (8 if LONG else 3)  # the kernel refuses some
 
 
 def test_a_damaged_log(tmp_path: Path) -> None:
