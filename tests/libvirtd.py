@@ -151,8 +151,13 @@ class Libvirt:
         import libvirt
 
         for domain in self.connection.listAllDomains():
-            if domain.isActive():
-                domain.destroy()
+            try:
+                if domain.isActive():
+                    domain.destroy()
+            except libvirt.libvirtError as e:
+                # A guest powers off by itself when its shell's channel is closed.
+                if e.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID or domain.isActive():
+                    raise
             with suppress(libvirt.libvirtError):  # a transient one is gone now
                 domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA)
 
