@@ -23,7 +23,7 @@ from backupfs.fuse.tree import Tree
 log = logging.getLogger(__name__)
 
 _NO_LANE = "BACKUPFS_NO_READ_LANE"  # for tests: set, pyfuse3 answers reads
-_GRACE_S = 5.0  # what a signal leaves the requests that are being answered
+_GRACE_S = 5.0  # what a signal leaves the requests that are being answered, and the end the checks of images
 
 # What the mount is anyway, and what mount(8) passes on by itself: "rw" for an fstab line that does not say "ro".
 _OPTIONS = """
@@ -118,20 +118,22 @@ async def _live(
                         log.error("%s: who started the mount is gone (%s); unmounting", path, e)
                         os.kill(os.getpid(), signal.SIGTERM)
 
-                operations, lane = _attach(
-                    lambda lane: Operations(tree, nursery, ready, lane),
-                    device,
-                    passthrough=passthrough,
-                    keep_acls=not allow_other and acls.passes_permissions(),
-                )
-                attached = True
-                nursery.start_soon(operations.close_idle_guests)
-                nursery.start_soon(_end_on_signal, signals, path, mounted, nursery.cancel_scope)
-                if lane:
-                    lane.start(operations, lambda: mountpoint.raise_readahead(mounted), stop)
-                await serve()
-                if lane:
-                    await lane.finish()
+                async with trio.open_nursery() as in_progress:
+                    operations, lane = _attach(
+                        lambda lane: Operations(tree, in_progress, ready, lane),
+                        device,
+                        passthrough=passthrough,
+                        keep_acls=not allow_other and acls.passes_permissions(),
+                    )
+                    attached = True
+                    nursery.start_soon(operations.close_idle_guests)
+                    nursery.start_soon(_end_on_signal, signals, path, mounted, nursery.cancel_scope)
+                    if lane:
+                        lane.start(operations, lambda: mountpoint.raise_readahead(mounted), stop)
+                    await serve()
+                    if lane:
+                        await lane.finish()
+                    in_progress.cancel_scope.deadline = trio.current_time() + _GRACE_S
                 nursery.cancel_scope.cancel()
         except Exception as e:
             log.exception("%s: the mount has crashed", path)

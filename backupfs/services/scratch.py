@@ -23,6 +23,7 @@ import os
 import secrets
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ _ABOUT, _DATA, _MAP = "about.json", "data", "map"
 _NEW = _ABOUT + ".new"
 _LARGEST_ABOUT = 64 * KiB
 _LAST_FLUSH_S = 30.0
+_LOCK_S = 6.0  # a mount that was taken away may be about to end: session.py gives its checks 5
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -113,10 +115,18 @@ class ScratchFolder:
         os.close(self._new_file())  # can it be written to at all?
 
     def _take_lock(self, path: str) -> None:
+        end = time.monotonic() + _LOCK_S
+        while not self._locked():
+            if time.monotonic() > end:
+                raise MountError(f"--scratch {path}: another mount uses it; name another folder, or unmount that")
+            time.sleep(0.05)
+
+    def _locked(self) -> bool:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise MountError(f"--scratch {path}: another mount uses it; name another folder, or unmount that") from e
+        except BlockingIOError:
+            return False
+        return True
 
     def _check_kept(self, repository_id: str) -> None:
         about = {"format": _FORMAT, "repository": repository_id}

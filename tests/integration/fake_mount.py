@@ -119,10 +119,11 @@ def main() -> None:
     control, path, *options = sys.argv[1:]
     logging.basicConfig(level=logging.INFO)
     allow_other = "allow_other" in session.check_options(options)
-    session.run(
+    all_returned = session.run(
         FakeCatalogue(control), path, source="fake:ä, b\\c", allow_other=allow_other,
         on_ready=lambda: print("ready", flush=True),
     )  # fmt: skip
+    logging.info("all returned: %s", all_returned)
     logging.shutdown()
     os._exit(0)  # a thread may be stuck
 

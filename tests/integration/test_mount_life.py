@@ -65,6 +65,15 @@ def test_a_signal_ends_it_even_when_a_read_hangs(mounted: FakeMount) -> None:
     assert mounted.ended() == 0
     assert failed.wait(5)
     assert mountpoint.find(str(mounted.path)) is None
+    assert "all returned: False" in mounted.said()
+
+
+def test_a_check_that_runs_when_it_is_unmounted_is_waited_for(mounted: FakeMount) -> None:
+    pread(mounted.disk("condemned"), 1, 0)
+    subprocess.run(["umount", mounted.path], check=True)
+    assert mounted.ended() == 0
+    assert "every read of it fails from now on" in mounted.said()
+    assert "all returned: True" in mounted.said()
 
 
 def test_a_crash_leaves_a_dead_mount_that_the_next_start_cleans_up(mounted: FakeMount) -> None:

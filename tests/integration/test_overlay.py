@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -410,6 +411,14 @@ def test_closing_says_what_could_not_be_kept(
     scratch = scratch_in(folder, keep=True)
     assert content(view(scratch))[:BLOCK] == b"a" * BLOCK
     scratch.close(all_returned=True)
+
+
+def test_a_mount_that_is_about_to_end_is_waited_for(folder: Path) -> None:
+    scratch = scratch_in(folder, keep=True)
+    timer = threading.Timer(0.5, lambda: scratch.close(all_returned=True))
+    timer.start()
+    scratch_in(folder, keep=True).close(all_returned=True)
+    timer.join()
 
 
 def test_what_is_kept_is_refused_for_another(folder: Path) -> None:
