@@ -5,9 +5,10 @@ With the *filter*, copy-before-write is put between the device and its image. It
 overwrite into the scratch first; the scratch, over the image, is read.
 
     device -> {session}-f0 copy-before-write -file-> the disk's image <-backing- {session}-q0
-                     ^   `-target-> {session}-q0 qcow2 -> {session}-s0 scratch file
-                     `- {session}-a0 snapshot-access
-    NBD exports: {session}-e0 of {session}-q0, {session}-w0 of {session}-a0, {session}-r0 of {session}-f0
+                  ^  ^   `-target-> {session}-q0 qcow2 -> {session}-s0 scratch file
+                  |  `- {session}-a0 snapshot-access
+                  `- backing - {session}-g0 qcow2, empty
+    NBD exports: {session}-e0 of {session}-q0, {session}-w0 of {session}-a0
 
 A scratch that is full, or slow for 30 s, breaks the snapshot, not the guest's write: q0 shows what the guest wrote
 from then on, and every request to a0 fails. So a0 is the *witness*: what was read of q0 counts when a0 answers
@@ -15,7 +16,8 @@ afterwards. The disk itself is not read through a0: QEMU 7.2 looks into the imag
 beginning was copied, and so hands out zeroes for what the guest has discarded since (10.0 does not).
 Source: hbitmap_status() of QEMU 7.2, util/hbitmap.c; tests/integration/test_fleecing.py shows it.
 
-r0 is for nobody: as long as it is there, QEMU refuses to resize the disk. What a shorter disk loses no filter copies.
+g0 is read by nobody. QEMU neither resizes what another node is backed by, nor puts a snapshot over it: what a shorter
+disk loses no filter copies, and a filter below a snapshot can't be taken out.
 
 All filters go in while the guest is stopped, for a few milliseconds: one moment of all disks.
 
@@ -210,15 +212,17 @@ class Session:
         self._add(driver="snapshot-access", node_name=node, file=self._name("f", disk))
         return self._serve("w", disk, node, f"witness{disk.number}", [])
 
-    def keep_sizes(self) -> None:
-        """See to it that QEMU resizes no disk from now on (as it does with the job), and that none was resized.
+    def guard(self) -> None:
+        """See to it that QEMU resizes no disk and puts nothing over a filter from now on, as it does with the job.
 
         Raises:
-            SourceError: it can't be done, or one was.
+            SourceError: it can't be done, or a disk was resized just now.
         """
         if self._method == "filter":
+            empty = {"driver": "file", "filename": self._scratch.empty, "read-only": True}
             for disk in self._disks:
-                self._serve("r", disk, self._name("f", disk), f"size{disk.number}", [])
+                node, backing = self._name("g", disk), self._name("f", disk)
+                self._add(driver="qcow2", node_name=node, file=empty, backing=backing, read_only=True)
         nodes = ask_blocks(self._monitor).nodes
         for disk in self._disks:
             if disk.node.name not in nodes or nodes[disk.node.name].size != disk.node.size:
@@ -322,7 +326,9 @@ def _remove_nodes(monitor: Monitor, prefix: str, attempt: Callable[[str, Callabl
         for name in sorted(n for n in blocks.nodes if n.startswith(prefix + kind)):
             attempt(f"remove {name}", partial(monitor.execute, "blockdev-del", {"node-name": name}))
 
-    delete("a")  # before its filter: as long as it reads there, nobody else may write below
+    # Before their filters. As long as a0 reads there, nobody else may write below.
+    for kind in "ag":
+        delete(kind)
     for device in blocks.devices:
         if device.node.startswith(prefix):
             below = blocks.children.get((device.node, "file"), "")

@@ -83,8 +83,7 @@ class QmpMoment:
         if self._folder.free() <= 0:
             raise ConnectError(f"{folder}: there is no space for what the guest overwrites during the backup")
         uid = owner(self._monitor.pid)
-        for disk in self._disks:
-            self._folder.create_image(disk.number, disk.node.size, uid, self._timeout_s)
+        self._folder.create_images({d.number: d.node.size for d in self._disks}, uid, self._timeout_s)
         self._folder.hand_over(uid)
         self._session = Session(self._monitor, self._folder, self._disks, method)
         self._session.prepare()
@@ -104,7 +103,7 @@ class QmpMoment:
                 source.witness = Witness(self._uri(witness), description, self._timeout_s)
             source.format = disk.node.driver
             source.bitmap_problem = self._problems[name] or source.bitmap_problem
-        self._session.keep_sizes()
+        self._session.guard()
         self._watch = threading.Thread(target=self._watch_scratch, args=(self._folder,), name="scratch", daemon=True)
         self._watch.start()
 

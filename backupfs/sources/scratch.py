@@ -4,6 +4,7 @@
         lock                             held (flock) by the backup as long as it lives; says which QEMU it belongs to
         paused                           there while the guest is stopped by us
         0.qcow2, 1.qcow2, ...            by disk
+        empty.qcow2                      nobody reads or writes it: what is backed by a filter holds it in its place
         nbd                              QEMU's NBD server; in a folder of the same name in /tmp if the path is too long
 
 QEMU's user can write here, and a hostile QEMU can say that the folder is anywhere. So of another's folder nothing is
@@ -20,7 +21,7 @@ import socket
 import stat
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from backupfs.errors import ConnectError, SourceError
 from backupfs.sources.machine import PREFIX
@@ -34,7 +35,7 @@ _SHORT = "/tmp"  # noqa: S108, the folder made in it is private and has a name t
 _FLOOR = 256 * MiB
 _GOODBYE_S = 10.0  # for a server to let go of a client
 _NAME = re.compile(PREFIX + r"(?P<repository>[0-9a-f]{8})-(?P<session>[0-9a-f]{8})")
-_FILE = re.compile(r"lock|paused|nbd|\d+\.qcow2")
+_FILE = re.compile(r"lock|paused|nbd|(empty|\d+)\.qcow2")
 
 
 def session_of(name: str) -> str | None:
@@ -70,23 +71,23 @@ class Scratch:
         """Return the path of a disk's scratch."""
         return os.path.join(self.path, f"{number}.qcow2")
 
-    def create_image(self, number: int, size: int, uid: int | None, timeout_s: float) -> None:
-        """Make a disk's scratch of `size` bytes, before `hand_over`. It takes up what the guest overwrites.
+    @property
+    def empty(self) -> str:
+        """The path of an image that nothing is ever in."""
+        return os.path.join(self.path, "empty.qcow2")
+
+    def create_images(self, sizes: Mapping[int, int], uid: int | None, timeout_s: float) -> None:
+        """Make each disk's scratch and the empty image, before `hand_over`. They take up what the guest overwrites.
+
+        Args:
+            sizes: bytes, by number.
 
         Raises:
-            ConnectError: it can't be made.
+            ConnectError: one can't be made.
         """
-        path = self.image(number)
-        command = ["qemu-img", "create", "-q", "-f", "qcow2", "--", path, str(size)]
-        try:
-            done = subprocess.run(command, capture_output=True, timeout=timeout_s, check=False)
-        except FileNotFoundError as e:
-            raise ConnectError("qemu-img is not installed: install the package qemu-utils") from e
-        except subprocess.TimeoutExpired as e:
-            raise ConnectError(f"{path}: qemu-img did not make it within {timeout_s:g} s") from e
-        if done.returncode:
-            raise ConnectError(f"{path}: {done.stderr.decode(errors='replace').strip().removeprefix('qemu-img: ')}")
-        _give(path, uid)
+        for number, size in sizes.items():
+            _create_image(self.image(number), size, uid, timeout_s)
+        _create_image(self.empty, 0, uid, timeout_s, "-o", "cluster_size=512")  # a small file
 
     def hand_over(self, uid: int | None) -> None:
         """Give the folder to QEMU's user. Nothing is made in it by name after that: a link could lie in wait there.
@@ -203,6 +204,19 @@ def make(scratch: str, repository: str, pid: int) -> Scratch:
             folder.remove()
         raise ConnectError(f"can't make a folder for the backup's scratch in {scratch}: {e.strerror}") from e
     return folder
+
+
+def _create_image(path: str, size: int, uid: int | None, timeout_s: float, *options: str) -> None:
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", *options, "--", path, str(size)]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=timeout_s, check=False)
+    except FileNotFoundError as e:
+        raise ConnectError("qemu-img is not installed: install the package qemu-utils") from e
+    except subprocess.TimeoutExpired as e:
+        raise ConnectError(f"{path}: qemu-img did not make it within {timeout_s:g} s") from e
+    if done.returncode:
+        raise ConnectError(f"{path}: {done.stderr.decode(errors='replace').strip().removeprefix('qemu-img: ')}")
+    _give(path, uid)
 
 
 def _give(path: str, uid: int | None) -> None:

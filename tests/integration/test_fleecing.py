@@ -221,17 +221,21 @@ def test_a_snapshot_between_two_points(tmp_path: Path, chain: Chain) -> None:
         assert "a snapshot was taken since" in chain.reasons["disk"]
 
 
-def test_a_snapshot_during_a_backup_is_refused(tmp_path: Path, chain: Chain, method: str) -> None:
+@pytest.mark.parametrize("attach", ["virtio-blk", "drive"])
+def test_a_snapshot_during_a_backup_is_refused(tmp_path: Path, chain: Chain, method: str, attach: str) -> None:
     """By QEMU; neither the guest nor the backup notices."""
-    disk, overlay = image(tmp_path, "disk"), tmp_path / "overlay"
+    disk, overlay = image(tmp_path, "disk", attach=attach), tmp_path / "overlay"
     with machine([disk]) as m:
         m.write(disk, 0, STEP, 1)
         chain.take(m)
 
         def snapshot(moment: Moment) -> None:
-            arguments = {"snapshot_file": str(overlay), "snapshot_node_name": "top"}
-            with pytest.raises(Refused, match="busy"):
-                m.qmp("blockdev-snapshot-sync", node_name="disk-fmt", **arguments)
+            ways = [{"device": "disk"}] if attach == "drive" else [{"node_name": "disk-fmt"}]
+            ways += [{"node_name": name} for name in (filter_of(m),) if name]
+            for way in ways:
+                arguments = {"snapshot_file": str(overlay), "snapshot_node_name": "top"}
+                with pytest.raises(Refused, match="busy"):
+                    m.qmp("blockdev-snapshot-sync", **way, **arguments)
             m.write(disk, 0, STEP, 9)
 
         found = chain.take(m, snapshot)

@@ -383,10 +383,12 @@ def test_the_scratch_is_made_before_qemus_user_gets_its_folder(tmp_path: Path) -
         folder = scratch.make(str(tmp_path), "0" * 32, process.pid)
         try:
             assert os.stat(folder.path).st_uid == os.geteuid()
-            folder.create_image(0, MiB, nobody, 20.0)
+            folder.create_images({0: MiB}, nobody, 20.0)
             assert os.stat(folder.path).st_uid == os.geteuid()
             folder.hand_over(nobody)
-            assert os.stat(folder.path).st_uid == os.stat(folder.image(0)).st_uid == nobody
+            assert (
+                os.stat(folder.path).st_uid == os.stat(folder.image(0)).st_uid == os.stat(folder.empty).st_uid == nobody
+            )
         finally:
             folder.discard()
             process.kill()
