@@ -17,12 +17,14 @@ from typing import Any
 
 import pytest
 import servers
+from mounts import LET_MOUNTS_GO
 
 _LIMIT_S = 60.0
 
 # libvirtd is started again whenever it ends. It is no PID 1: that one would have to reap QEMU's processes.
-_START = """
+_START = f"""
 set -e
+{LET_MOUNTS_GO}
 for folder in etc run var/lib var/cache var/log; do mount --bind "$1/$folder" "/$folder"; done
 while :; do libvirtd || :; done
 """

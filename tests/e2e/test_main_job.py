@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import servers
 from commands import backupfs, backupfs_json
+from mounts import LET_MOUNTS_GO
 
 from backupfs.units import GiB, MiB
 
@@ -238,8 +239,9 @@ def test_fstab_and_mount_8(tmp_path: Path) -> None:
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m backupfs "$@"\n')
     program.chmod(0o755)
     # mount(8)'s helper looks in the system's folders only: in a mount namespace of the test's own, ours is there.
-    script = """
+    script = f"""
         set -e
+        {LET_MOUNTS_GO}
         mount --bind "$1" /usr/local/bin
         mount -t fuse.backupfs -o ro,noauto,allow_other "$2" "$3"
         cat "$3/web01/latest/vda.raw"
