@@ -18,7 +18,7 @@ from typing import Any
 
 from backupfs.errors import BackupfsError, GuestError, NotFound
 from backupfs.extents import Extent
-from backupfs.filesystem import FileSystem, Stat
+from backupfs.filesystem import FileSystem, Stat, unreadable
 from backupfs.guest import messages
 from backupfs.guest.families import Parser, open_family
 from backupfs.units import KiB, MiB
@@ -143,7 +143,7 @@ def _list(line: socket.socket, system: Parser, inode: int) -> messages.ListAnswe
         if len(rows) == messages.LISTED:
             messages.send(line, messages.ListAnswer(rows, more=True))
             rows = []
-        rows.append((entry.name, _row(entry.stat)))
+        rows.append((entry.name, _listed_row(entry.stat)))
     return messages.ListAnswer(rows)
 
 
@@ -172,8 +172,19 @@ def _answer(line: socket.socket, system: Parser, ask: messages.Ask) -> messages.
 
 
 def _row(s: Stat) -> messages.StatRow:
-    times = s.atime_ns, s.mtime_ns, s.ctime_ns
-    return (s.inode, s.mode, s.nlink, s.uid, s.gid, s.size, s.allocated, *times, s.rdev, s.has_xattrs)
+    atime, mtime, ctime = (divmod(time, 10**9) for time in (s.atime_ns, s.mtime_ns, s.ctime_ns))
+    row = (s.inode, s.mode, s.nlink, s.uid, s.gid, s.size, s.allocated, atime, mtime, ctime, s.rdev, s.has_xattrs)
+    numbers = (*row[:7], atime[0], mtime[0], ctime[0], s.rdev)
+    if min(numbers) < -(1 << 63) or max(numbers) >= 1 << 63:
+        raise GuestError(f"inode {s.inode} is damaged: what it says of itself adds up to too much")
+    return row
+
+
+def _listed_row(s: Stat) -> messages.StatRow:
+    try:
+        return _row(s)
+    except GuestError:
+        return _row(unreadable(s.inode))
 
 
 def _give_up_rights() -> None:

@@ -3,6 +3,7 @@
 import struct
 from dataclasses import dataclass
 
+from backupfs.guest.containers import LVM, container
 from backupfs.guest.fat_sector import is_fat
 from backupfs.guest.reading import read
 from backupfs.image import Image
@@ -11,18 +12,10 @@ from backupfs.units import KiB
 EXT, NTFS, FAT, XFS, BTRFS = "ext", "ntfs", "vfat", "xfs", "btrfs"
 
 # Kinds that nothing here reads, and whose volumes can't simply be mounted either.
-LUKS, BITLOCKER, LVM, RAID = (
-    "encrypted by LUKS",
-    "encrypted by BitLocker",
-    "a physical volume of LVM2",
-    "a member of a Linux RAID",
-)
 SWAP, JOURNAL, REFS, APFS, F2FS = "swap space", "journal of ext", "ReFS", "APFS", "F2FS"
 
 # Offset, magic, what it is: none of these is read. Source: libblkid's probes.
 _OTHERS = (
-    (0, b"LUKS\xba\xbe", LUKS),
-    (3, b"-FVE-FS-", BITLOCKER),
     (3, b"EXFAT   ", "exFAT"),
     (3, b"ReFS\0\0\0\0", REFS),
     (0, b"hsqs", "squashfs"),
@@ -30,10 +23,7 @@ _OTHERS = (
     (1024, b"H+", "HFS+"),
     (1024, b"HX", "HFS+"),
     (32, b"NXSB", APFS),
-    (512, b"LABELONE", LVM),
-    (0, b"LABELONE", LVM),
-    (0, b"\xfc\x4e\x2b\xa9", RAID),
-    (4096, b"\xfc\x4e\x2b\xa9", RAID),
+    (512, b"LABELONE", LVM),  # a damaged one
     (4086, b"SWAPSPACE2", SWAP),
     (4086, b"SWAP-SPACE", SWAP),
     (32769, b"CD001", "ISO 9660"),
@@ -66,13 +56,14 @@ def detect(volume: Image) -> Found:
     Raises:
         BackupfsError: it can't be read.
     """
+    outside = container(volume)
+    if outside is not None:
+        return Found(None, outside, f"{outside}: not a file system that backupfs reads")
     head = read(volume, 0, min(volume.size, 68 * KiB)) or b""
     if head[1080:1082] == _EXT_MAGIC:
         return _ext(head)
     if head[:4] == b"XFSB":
         return Found(XFS, "xfs")
-    if head[0x10040:0x10048] == b"_BHRfS_M":
-        return Found(BTRFS, "btrfs")
     for offset, magic, what in _OTHERS:
         if head[offset : offset + len(magic)] == magic:
             return Found(None, what, f"{what}: not a file system that backupfs reads")
@@ -80,6 +71,9 @@ def detect(volume: Image) -> Found:
         return Found(NTFS, "ntfs")
     if head[510:512] == b"\x55\xaa" and (head[54:57] == b"FAT" or head[82:87] == b"FAT32"):
         return Found(FAT, "vfat")
+    # After those above: they leave what a btrfs was there before, which clears its first 2 MiB when it is made.
+    if head[0x10040:0x10048] == b"_BHRfS_M":
+        return Found(BTRFS, "btrfs")
     if is_fat(volume):
         return Found(FAT, "vfat")
     return Found(None, "", "no file system was found" if any(head) else "nothing is on it, or nothing that is known")

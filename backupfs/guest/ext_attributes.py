@@ -20,11 +20,10 @@ _PREFIXES = {
     3: b"system.posix_acl_default",
     4: b"trusted.",
     6: b"security.",
-    7: b"system.",
-    8: b"system.richacl",
+    10: b"gnu.",
 }
 _ACLS = (2, 3)
-_INLINE_DATA = (7, b"data")  # where the kernel keeps small files, which it does not show
+_INLINE_DATA = (7, b"data")  # where the kernel keeps small files; of what begins with 7 or 8 it shows nothing
 _MOST, _LONGEST = 1000, 64 << 10  # attributes; bytes of a value
 
 
@@ -60,7 +59,7 @@ def attributes(inodes: Inodes, places: Map, inode: Inode) -> dict[bytes, bytes]:
 def _shown(inodes: Inodes, places: Map, entries: bytes, values: bytes) -> Iterator[tuple[bytes, bytes]]:
     for name, index, at, number, size in _entries(entries):
         prefix = _PREFIXES.get(index)
-        if prefix is None or (index, name) == _INLINE_DATA:
+        if prefix is None:
             continue
         value = _far_value(inodes, places, number, size) if number else _value(values, at, size)
         yield (prefix, _acl(value)) if index in _ACLS else (prefix + name, value)

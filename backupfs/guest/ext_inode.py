@@ -22,6 +22,7 @@ INDEX_FLAG = 0x1000
 _SPARSE, _HUGE_FILES, _GROUP_CHECKSUMS, _CHECKSUMS = 0x1, 0x8, 0x10, 0x400  # ro_compat
 _META_GROUPS, _WIDE, _SEED, _LARGE_FOLDERS = 0x10, 0x80, 0x2000, 0x4000  # incompat
 _SPARSE_2 = 0x200  # compat
+_SHORT_OWNERS = 0x10  # of the mount options in the superblock: EXT4_DEFM_UID16
 
 
 class Inode(NamedTuple):
@@ -67,6 +68,7 @@ class Inodes:
         self._group_blocks, self._per_group = number(32), number(40)
         self._compat, self._incompat, self._ro_compat = number(92), number(96), number(100)
         wide, revised = self._incompat & _WIDE, number(76)
+        self._short_owners = bool(number(0x100) & _SHORT_OWNERS)
         self.blocks = low | (number(0x150) << 32 if wide else 0)
         self._first, self._inode_size = struct.unpack_from("<IH", head, 84) if revised else (11, 128)
         self._descriptor = max(struct.unpack_from("<H", head, 254)[0], 64) if wide else 32
@@ -104,6 +106,8 @@ class Inodes:
         end, more_ctime, more_mtime, more_atime = 0, 0, 0, 0  # of the fields that there are
         if len(raw) >= 128 + _EXTRA.size:
             end, _, more_ctime, more_mtime, more_atime = _EXTRA.unpack_from(raw, 128)
+        if self._short_owners:
+            uid_high = gid_high = 0
         sectors, unit = blocks, 512
         if self._ro_compat & _HUGE_FILES:
             sectors |= blocks_high << 32

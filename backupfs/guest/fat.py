@@ -10,7 +10,7 @@ import functools
 import stat as st
 import struct
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from backupfs.errors import GuestError, NotFound
 from backupfs.extents import Extent
@@ -257,13 +257,12 @@ class FatFileSystem:
 
 
 def _time(date: int, time: int) -> int:
-    """Return a time in ns; 0 of what is none."""
-    day, month, year = date & 0x1F, date >> 5 & 0xF, 1980 + (date >> 9)
+    """Return a time in ns. Of what is none, what Linux makes of it. Source: fs/fat/misc.c, fat_time_fat2unix()."""
+    day, month, year = max(date & 0x1F, 1), max(date >> 5 & 0xF, 1), 1980 + (date >> 9)
     second, minute, hour = (time & 0x1F) * 2, time >> 5 & 0x3F, time >> 11
-    try:
-        return int(datetime(year, month, day, hour, minute, second, tzinfo=UTC).timestamp()) * 10**9
-    except ValueError:
-        return 0
+    begin = datetime(year, month if month <= 12 else 1, 1, tzinfo=UTC)
+    whole = begin + timedelta(days=day - 1, hours=hour, minutes=minute, seconds=second)
+    return int(whole.timestamp()) * 10**9
 
 
 def _long_part(raw: bytes) -> bytes:

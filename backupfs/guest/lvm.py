@@ -94,6 +94,29 @@ def read_physical_volume(part: Image, disk: str, offset: int, budget: Budget) ->
     Raises:
         BackupfsError: the disk can't be read.
     """
+    label = find_label(part)
+    if label is None:
+        return None
+    sector, header = label
+    uuid = sector[header : header + _UUID_SIZE]
+    texts, problems, unread = [], [], False
+    for area, size in _areas(sector, header + _UUID_SIZE + 8):
+        try:
+            text = _read_text(part, area, size, budget)
+        except _Bad as e:
+            unread |= isinstance(e, _TooLong)
+            problems.append(f"its LVM metadata at {area} {e}")
+        else:
+            texts += [text] if text else []
+    return PhysicalVolume(uuid.decode(), disk, offset, part.size, tuple(texts), tuple(problems), unread)
+
+
+def find_label(part: Image) -> tuple[bytes, int] | None:
+    """Return the sector that makes a physical volume of a part, and where in it the header begins; None: there is none.
+
+    Raises:
+        BackupfsError: the disk can't be read.
+    """
     for number in range(4):
         sector = read(part, number * _SECTOR, _SECTOR)
         if sector is None or sector[:8] != b"LABELONE":
@@ -103,19 +126,8 @@ def read_physical_volume(part: Image, disk: str, offset: int, budget: Budget) ->
             continue
         if not _LABEL.size <= header <= _SECTOR - _UUID_SIZE - 8:
             continue
-        uuid = sector[header : header + _UUID_SIZE]
-        if not UUID.fullmatch(uuid.decode("latin-1")):
-            continue
-        texts, problems, unread = [], [], False
-        for area, size in _areas(sector, header + _UUID_SIZE + 8):
-            try:
-                text = _read_text(part, area, size, budget)
-            except _Bad as e:
-                unread |= isinstance(e, _TooLong)
-                problems.append(f"its LVM metadata at {area} {e}")
-            else:
-                texts += [text] if text else []
-        return PhysicalVolume(uuid.decode(), disk, offset, part.size, tuple(texts), tuple(problems), unread)
+        if UUID.fullmatch(sector[header : header + _UUID_SIZE].decode("latin-1")):
+            return sector, header
     return None
 
 

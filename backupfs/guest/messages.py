@@ -56,7 +56,8 @@ class Opened(msgspec.Struct, tag=True):
     notes: list[str]
 
 
-StatRow = tuple[int, int, int, int, int, int, int, int, int, int, int, bool]  # as in filesystem.Stat, in its order
+Time = tuple[int, int]  # seconds since 1970, ns: together they can be too many for MessagePack's 64 bits
+StatRow = tuple[int, int, int, int, int, int, int, Time, Time, Time, int, bool]  # as in filesystem.Stat, in its order
 
 
 class StatAnswer(msgspec.Struct, tag=True):

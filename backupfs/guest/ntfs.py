@@ -6,6 +6,7 @@ C on what a guest wrote: only in a process of its own (child.py). One thread.
 import contextlib
 import functools
 import stat as st
+import struct
 from collections.abc import Iterator, Mapping, MutableSequence, Sequence
 from typing import Any
 
@@ -37,6 +38,8 @@ _INDEX = (
 )
 _STUDIED = 1  # source: The Sleuth Kit, tsk_fs.h, TSK_FS_META_ATTR_STUDIED
 _TAIL = 64 * KiB
+_STANDARD = struct.Struct("<4q")  # created, written, changed, read; in 100 ns since 1601
+_1601_TO_1970 = 116_444_736_000_000_000  # in 100 ns
 _MOST_RUNS = 100_000
 _PREFIX = b"user."  # before a stream's name, as in ntfs-3g
 _LONGEST_LIST = 256 * KiB  # of attributes, as in Windows
@@ -289,6 +292,7 @@ class NtfsFileSystem:
         if not st.S_ISDIR(mode):
             nlink = max(1, self._count_names(file))
         allocated = sum(e.length for e in self._extents(file, 0, size) if not e.flag) if st.S_ISREG(mode) else 0
+        mtime_ns, ctime_ns, atime_ns = _times(file)
         return Stat(
             inode=inode,
             mode=mode | 0o777,
@@ -297,9 +301,9 @@ class NtfsFileSystem:
             gid=0,
             size=size,
             allocated=-(-allocated // 512) * 512,
-            atime_ns=int(meta.atime) * 10**9 + int(meta.atime_nano),
-            mtime_ns=int(meta.mtime) * 10**9 + int(meta.mtime_nano),
-            ctime_ns=int(meta.ctime or meta.mtime) * 10**9 + int(meta.ctime_nano),
+            atime_ns=atime_ns,
+            mtime_ns=mtime_ns,
+            ctime_ns=ctime_ns,
             has_xattrs=_may_have_streams(file),
         )
 
@@ -416,6 +420,24 @@ class NtfsFileSystem:
             names = self._stream_names(file)
             found = [attribute for attribute in found if not names[int(attribute.info.id)]]
         return found[0] if found else None
+
+
+def _times(file: Any) -> tuple[int, int, int]:
+    """Return when it was written, changed and read, in ns since 1970."""
+    meta = file.info.meta
+    seconds = int(meta.mtime), int(meta.ctime), int(meta.atime)
+    if all(seconds):
+        written, changed, read_at = seconds
+        nanos = int(meta.mtime_nano), int(meta.ctime_nano), int(meta.atime_nano)
+        return written * 10**9 + nanos[0], changed * 10**9 + nanos[1], read_at * 10**9 + nanos[2]
+    # The Sleuth Kit has 0 for what is before 1970 or after 2106.
+    for attribute in file:
+        if attribute.info.type == pytsk3.TSK_FS_ATTR_TYPE_NTFS_SI:
+            raw = _content(file, attribute, _STANDARD.size)
+            if len(raw) == _STANDARD.size:
+                _, written, changed, read_at = (100 * (time - _1601_TO_1970) for time in _STANDARD.unpack(raw))
+                return written, changed, read_at
+    raise GuestError(f"inode {int(meta.addr)} is damaged: it has no times")
 
 
 def _flags(attribute: Any) -> int:

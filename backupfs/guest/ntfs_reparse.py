@@ -10,6 +10,7 @@ LONGEST = 16 << 10
 
 _LONGEST_LINK = 4096
 _LINKS = {0xA000000C: 20, 0xA0000003: 16}  # symbolic link, junction: where the names begin
+_WSL_LINK = 0xA000001D
 _FILES = {0x80000017: "compressed by Windows (WOF)", 0x80000013: "deduplicated by Windows"}
 
 
@@ -36,6 +37,10 @@ def reason(content: bytes, *, has_holes: bool) -> str:
 
 def link(content: bytes) -> bytes | None:
     """Return the target of a symbolic link or junction, with slashes; None: it is none."""
+    if tag(content) == _WSL_LINK:
+        # A version, then the target, as it was made in Linux.
+        end = 8 + int(struct.unpack_from("<H", content, 4)[0])
+        return content[12:end].replace(b"\0", b"")[:_LONGEST_LINK] or b"/"
     if len(content) < 16:
         return None
     kind, _, _, at, length, print_at, print_length = struct.unpack_from("<IHHHHHH", content)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from backupfs.guest import detect
+from backupfs.guest import containers, detect
 
 _OPTIONS = {"ext2": "ro,loop,noload", "ext3": "ro,loop,noload", "ext4": "ro,loop,noload"}
 _OPTIONS |= {"xfs": "ro,loop,norecovery,nouuid", "btrfs": "ro,loop,rescue=nologreplay"}
@@ -47,16 +47,16 @@ def how(parts: str, name: str, kind: str | None, others: Sequence[str]) -> str:
     match kind:
         case detect.SWAP | detect.JOURNAL:
             return "There are no files in it.\n"
-        case detect.LVM:
+        case containers.LVM:
             logical = [other for other in others if not other.isdecimal()]
             if logical:
                 return f"The files of its logical volumes are beside this folder: see {', '.join(logical)}.\n"
             return f"No logical volume of this disk can be shown; {parts}/ERROR.txt says why.\n"
-        case detect.LUKS:
+        case containers.LUKS:
             return _OPEN.format(raw=raw, kind="")
-        case detect.BITLOCKER:
+        case containers.BITLOCKER:
             return _OPEN.format(raw=raw, kind=" --type bitlk")
-        case detect.RAID:
+        case containers.RAID:
             return _RAID.format(raw=raw)
         case detect.REFS | detect.APFS:
             return _RAW.format(raw=raw) + " Linux itself has no driver for it.\n"

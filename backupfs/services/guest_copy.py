@@ -175,6 +175,10 @@ class Copier:
             os.symlink(self._system.readlink(source.inode), name, dir_fd=folder)
             if self._is_root:
                 os.chown(name, source.uid, source.gid, dir_fd=folder, follow_symlinks=False)
+            if source.has_xattrs:
+                place = os.fsencode(f"/proc/self/fd/{folder}/") + name  # no call takes a folder
+                xattrs = self._xattrs.read(source.inode).values
+                self._report.attributes += not _set_xattrs(place, xattrs, follow_symlinks=False)
             os.utime(name, ns=(source.atime_ns, source.mtime_ns), dir_fd=folder, follow_symlinks=False)
             return
         if stat.S_ISFIFO(source.mode):
@@ -304,12 +308,12 @@ def _remove_acls(file: int, wanted: Container[bytes]) -> bool:
     return True
 
 
-def _set_xattrs(file: int, xattrs: Mapping[bytes, bytes]) -> bool:
+def _set_xattrs(file: int | bytes, xattrs: Mapping[bytes, bytes], *, follow_symlinks: bool = True) -> bool:
     """Set extended attributes; return whether all of them could be."""
     kept = True
     for key, value in xattrs.items():
         try:
-            os.setxattr(file, key, value)
+            os.setxattr(file, key, value, follow_symlinks=follow_symlinks)
         except OSError:
             kept = False
     return kept

@@ -143,10 +143,15 @@ def _note(points: list[dict[str, Any]], point: str, before: Stat | None, now: St
         points.append({"point": point, "change": "gone"})
     elif before is None:
         points.append({"point": point, "last": point, "change": "new", "stat": now})
-    elif (before.mode, before.size, before.mtime_ns, before.inode) != (now.mode, now.size, now.mtime_ns, now.inode):
+    elif _identity(before) != _identity(now):
         points.append({"point": point, "last": point, "change": "changed", "stat": now})
     else:
         points[-1]["last"] = point
+
+
+def _identity(s: Stat) -> tuple[int, ...]:
+    """What differs when a file was changed: who sets its mtime back does not set its ctime back."""
+    return s.mode, s.size, s.mtime_ns, s.ctime_ns, s.inode
 
 
 def _matcher(pattern: str) -> Callable[[bytes], bool]:

@@ -15,7 +15,7 @@ import msgspec
 
 from backupfs.errors import BackupfsError, ConnectError, GuestError, NotFound
 from backupfs.extents import Extent
-from backupfs.filesystem import Entry, Run, Stat, shown
+from backupfs.filesystem import Entry, Run, Stat, shown, unreadable
 from backupfs.guest import messages
 from backupfs.guest.detect import NTFS
 from backupfs.image import Image
@@ -96,7 +96,7 @@ class GuestFileSystem:
 
     def list(self, inode: int) -> list[Entry]:
         entries = self._ask(messages.ListAnswer, "list", inode).entries
-        found = {name: Entry(name, self._believed(row)) for name, row in entries if _is_name(name)}
+        found = {name: Entry(name, self._listed(row)) for name, row in entries if _is_name(name)}
         return list(found.values())
 
     def read(self, inode: int, offset: int, length: int) -> bytes:
@@ -158,8 +158,18 @@ class GuestFileSystem:
             return ()  # nobody else has any
         return self._ask(messages.NamesAnswer, "left_out", inode).names
 
+    def _listed(self, row: messages.StatRow) -> Stat:
+        """Return what a folder says of what is in it: one thing that makes no sense does not hide the others."""
+        try:
+            return self._believed(row)
+        except GuestError:
+            if not 0 <= row[0] < 1 << 63:
+                raise
+            return unreadable(row[0])
+
     def _believed(self, row: messages.StatRow) -> Stat:
-        found = Stat(*row)
+        atime, mtime, ctime = (seconds * 10**9 + ns for seconds, ns in row[7:10])
+        found = Stat(*row[:7], atime, mtime, ctime, *row[10:])
         numbers = (found.inode, found.size, found.allocated, found.rdev)
         small = (found.uid, found.gid, found.nlink)
         if not (all(0 <= n < 1 << 63 for n in numbers) and all(0 <= n < 1 << 32 for n in small)) or found.mode >> 16:

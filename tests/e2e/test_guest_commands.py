@@ -84,6 +84,17 @@ def test_a_file_that_was_deleted_comes_back(repo: Path, tmp_path: Path) -> None:
     assert backupfs(repo, "cp", f"web01/{BETWEEN}/vda:0/etc/many/7", "-") == "7\n" * 7
 
 
+def test_a_file_whose_time_was_set_back_is_found_to_have_changed(tmp_path: Path, source: Path) -> None:
+    repo, disk = tmp_path / "repo", tmp_path / "fs"
+    backupfs(repo, "init")
+    back_up(repo, BEFORE, ext4(disk, source))
+    run("debugfs", "-w", "-R", "set_inode_field /etc/hosts ctime 20300101000000", disk)
+    back_up(repo, AFTER, disk.read_bytes())
+    (found,) = backupfs_json(repo, "find", "web01", "/etc/hosts")
+    assert [(p["point"], p["change"]) for p in found["points"]] == [(BEFORE, "new"), (AFTER, "changed")]
+    assert found["points"][0]["mtime_ns"] == found["points"][1]["mtime_ns"]
+
+
 def test_ls(repo: Path) -> None:
     listed = backupfs_json(repo, "ls", "web01/latest/vda:/etc")
     names = {entry["name"]: entry for entry in listed}

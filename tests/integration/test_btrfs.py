@@ -3,12 +3,14 @@
 import os
 import random
 import shutil
+import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+from crc32c import crc32c
 from images import FileImage
 from servers import need, run
 from test_guest_files import (
@@ -132,6 +134,42 @@ def test_a_log_that_was_not_replayed(tmp_path: Path) -> None:
     with closing(open_image(path)) as system:
         assert system.notes == ()
         assert system.read(look(system, "flushed"), 0, 10) == b"flushed"
+
+
+def test_times_that_are_far_away(tmp_path: Path) -> None:
+    """They are numbers of 64 bits. What takes more, in ns, must not hide what is beside it."""
+    path = make(tmp_path / "disk")
+    with mounted(path, tmp_path / "mnt") as root:
+        (root / "folder").mkdir()
+        for second in (-(1 << 63), -(10**10), 0, 2 * 10**10, (1 << 63) - 1):
+            run("touch", "-d", f"@{second}", root / f"folder/{second}")
+    with mounted(path, tmp_path / "mnt", "ro") as root, closing(open_image(path)) as system:
+        assert differences(system, root) == []
+
+
+def test_an_extent_of_which_an_old_kernel_wrote_less_than_it_stored(tmp_path: Path) -> None:
+    """Before 6.11 `ram_bytes` of what is not compressed may be too small, and nobody minds. Source: file-item.c"""
+    path, content = make(tmp_path / "disk"), random.Random(3).randbytes(MiB)
+    with mounted(path, tmp_path / "mnt") as root:
+        (root / "file").write_bytes(content)
+        os.sync()
+        os.truncate(root / "file", MiB // 2)
+    disk = bytearray(path.read_bytes())
+    old = struct.pack("<QBBHB", MiB, 0, 0, 0, 1)  # ram_bytes, nothing of compression, …, a regular extent
+    node, changed = 16 * KiB, 0
+    for at in range(128 * KiB, len(disk) - node, 4 * KiB):
+        (checksum,) = struct.unpack_from("<I", disk, at)
+        if disk[at + 32 : at + 48] == disk[0x10020:0x10030] and crc32c(bytes(disk[at + 32 : at + node])) == checksum:
+            place = disk.find(old, at + 101, at + node)
+            if place > 0:
+                struct.pack_into("<Q", disk, place, MiB // 2)
+                struct.pack_into("<I", disk, at, crc32c(bytes(disk[at + 32 : at + node])))
+                changed += 1
+    assert changed
+    path.write_bytes(disk)
+    with mounted(path, tmp_path / "mnt", "ro") as root, closing(open_image(path)) as system:
+        assert (root / "file").read_bytes() == content[: MiB // 2]
+        assert differences(system, root) == []
 
 
 def test_several_devices_are_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import random
 import struct
 from collections.abc import Callable
 from contextlib import closing
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,25 @@ def test_other_first_sectors_are_not_taken_for_fat(tmp_path: Path) -> None:
         first = chance.randbytes(510) + b"\x55\xaa"
         path.write_bytes(b"\xeb\x3c\x90" + first[3:] + b"\xf8\xff\xff\xff" * 2048)
         assert kind(path) is None
+
+
+def test_times_that_are_none(tmp_path: Path) -> None:
+    """Linux adds them up."""
+    make_fat(tmp_path / "disk", "16")
+    given = [(0, 0), (1 << 5 | 1, 31 | 24 << 11), (13 << 5 | 2, 0), (20 << 9 | 2 << 5 | 30, 0)]
+
+    def mark(content: bytearray) -> None:
+        at = 0
+        for date, time in given:
+            at = content.index(b"FILE", at + 1)
+            struct.pack_into("<HH", content, at + 22, time, date)
+
+    patch(tmp_path / "disk", mark)
+    with closing(open_image(tmp_path / "disk")) as system:
+        entries = system.list(look(system, "folder"))
+        found = [entry.stat.mtime_ns for entry in entries[: len(given)]]
+    expected = ["1980-01-01T00:00:00", "1980-01-02T00:01:02", "1980-01-02T00:00:00", "2000-03-01T00:00:00"]
+    assert found == [int(datetime.fromisoformat(f"{time}+00:00").timestamp()) * 10**9 for time in expected]
 
 
 def kind(path: Path) -> str | None:

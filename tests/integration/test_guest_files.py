@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from guest_disks import put, put_pv
 from images import FileImage
-from servers import freeze, run
+from servers import freeze, need, run
 
 from backupfs.errors import BackupfsError, GuestError, NotFound
 from backupfs.filesystem import FileSystem, Run
@@ -580,3 +581,82 @@ def test_what_is_not_read_is_named(tmp_path: Path) -> None:
     path.write_bytes(bytes(MiB))
     with closing(FileImage(path)) as image:
         assert detect(image).problem == "nothing is on it, or nothing that is known"
+
+
+def md_superblock(major: int, sector: int, level: int) -> bytes:
+    """Make one of Linux' RAID. Source: include/uapi/linux/raid/md_p.h"""
+    if not major:
+        return struct.pack("<8I", 0xA92B4EFC, 0, 90, 0, 0, 0, 0, level).ljust(4096, b"\0")
+    head = struct.pack("<4I16s32sQ2I", 0xA92B4EFC, 1, 0, 0, b"u" * 16, b"name", 0, level, 0)
+    return head.ljust(144, b"\0") + struct.pack("<Q", sector).ljust(112, b"\0")
+
+
+def with_md(disk: bytearray, at: int, major: int, level: int) -> None:
+    put(disk, at, md_superblock(major, at // 512, level))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("a member of a Linux RAID", lambda disk: with_md(disk, 4 * KiB, 1, 1)),
+        ("a member of a Linux RAID", lambda disk: with_md(disk, len(disk) - 8 * KiB, 1, 5)),
+        ("a member of a Linux RAID", lambda disk: with_md(disk, len(disk) - 64 * KiB, 0, 0)),
+        ("a physical volume of LVM2", lambda disk: put_pv(disk, 0, len(disk), 1)),
+        ("encrypted by LUKS", lambda disk: put(disk, 0, b"LUKS\xba\xbe\0\2")),
+        ("ext2", lambda disk: with_md(disk, len(disk) - 8 * KiB, 1, 1)),
+        ("ext2", lambda disk: with_md(disk, len(disk) - 64 * KiB, 0, 1)),
+        ("ext2", lambda disk: put(disk, 4 * KiB, md_superblock(1, 1234, 5))),
+        ("ext2", lambda disk: put(disk, 512, b"LABELONE\1")),
+    ],
+)
+def test_what_a_volume_was_before_it_became_a_part_of_something(
+    tmp_path: Path, kind: str, change: Callable[[bytearray], None]
+) -> None:
+    """Nobody has to wipe it. A mirror that keeps its superblock at its end has the file system at its beginning."""
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(4 * MiB))
+    run("mkfs.ext2", "-q", "-F", "-b", "1024", path)
+    disk = bytearray(path.read_bytes())
+    change(disk)
+    path.write_bytes(disk)
+    with closing(FileImage(path)) as image:
+        assert detect(image).kind == kind
+
+
+def test_an_old_btrfs_below_a_new_ntfs(tmp_path: Path) -> None:
+    """Whose making does not touch the superblock of the first."""
+    need("mkfs.btrfs", "mkfs.ntfs")
+    path = tmp_path / "disk"
+    with path.open("wb") as file:
+        file.truncate(120 * MiB)
+    run("mkfs.btrfs", "-q", path)
+    with path.open("rb") as file:
+        file.seek(64 * KiB)
+        old = file.read(4096)
+    run("mkfs.ntfs", "-q", "-F", "-f", path)
+    with path.open("r+b") as file:
+        file.seek(64 * KiB)
+        file.write(old)  # in case it was; Windows leaves it
+    with closing(FileImage(path)) as image:
+        assert detect(image).kind == "ntfs"
+
+
+@pytest.mark.parametrize("kind", ["uid16", "hurd"])
+def test_ext_of_other_kinds(tmp_path: Path, kind: str) -> None:
+    """Owners of 16 bits only, and the Hurd's attributes."""
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(SIZE))
+    run("mkfs.ext2", "-q", "-F", *(("-o", "hurd", "-I", "128") if kind == "hurd" else ()), path)
+    if kind == "uid16":
+        run("tune2fs", "-o", "uid16", path)
+    with mounted(path, tmp_path / "mnt") as root:
+        (root / "file").write_text("content")
+        os.chown(root / "file", 7, 8)
+        if kind == "hurd":
+            os.setxattr(root / "file", "gnu.translator", b"/hurd/null\0")
+    if kind == "uid16":
+        run("debugfs", "-w", "-R", "set_inode_field /file uid 65543", path)
+    with mounted(path, tmp_path / "mnt", read_only=True) as root, closing(open_image(path)) as system:
+        assert differences(system, root) == []
+        assert system.stat(look(system, "file")).uid == 7
+        assert list(system.xattrs(look(system, "file"))) == ([b"gnu.translator"] if kind == "hurd" else [])

@@ -227,6 +227,36 @@ def test_files_whose_content_is_elsewhere(tmp_path: Path) -> None:
         assert system.read(look(system, "downloaded"), 0, MiB) == content
 
 
+def test_times_that_are_far_away(tmp_path: Path) -> None:
+    """Before 1970 and after 2106, where The Sleuth Kit has none."""
+    path = make_ntfs(tmp_path / "disk")
+    with mounted(path, tmp_path / "mnt", ntfs=True) as root:
+        for second in (-11_644_473_599, -620_434_677, -1, 0, 1, 1_700_000_000, 4_323_283_200, 32_503_680_000):
+            (root / str(second)).touch()
+            os.utime(root / str(second), ns=(second * 10**9, second * 10**9))
+        os.utime(root / "1", ns=(0, 1_000_000_700))
+    with (
+        mounted(path, tmp_path / "mnt", read_only=True, ntfs=True) as root,
+        closing(open_image(path)) as system,
+    ):
+        assert [line for line in differences(system, root, "allocated") if ": size " not in line] == []
+        assert system.stat(look(system, "-620434677")).mtime_ns == -620_434_677 * 10**9
+
+
+def test_a_link_that_was_made_in_wsl(tmp_path: Path) -> None:
+    path, target = make_ntfs(tmp_path / "disk"), "target/öf a\\link".encode()
+    with mounted(path, tmp_path / "mnt", ntfs=True) as root:
+        (root / "link").touch()
+        content = struct.pack("<IHHI", 0xA000001D, 4 + len(target), 0, 2) + target
+        os.setxattr(root / "link", "system.ntfs_reparse_data", content)
+    with (
+        mounted(path, tmp_path / "mnt", read_only=True, ntfs=True) as root,
+        closing(open_image(path)) as system,
+    ):
+        assert system.readlink(look(system, "link")) == os.readlink(os.fsencode(root / "link")) == target
+        assert [line for line in differences(system, root, "allocated") if ": size " not in line] == []
+
+
 def test_an_ntfs_that_was_in_use(tmp_path: Path) -> None:
     """Its log is not replayed, which is said: a restart page as Windows writes it, with and without a client in use."""
     path = make_ntfs(tmp_path / "disk")

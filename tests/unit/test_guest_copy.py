@@ -79,6 +79,8 @@ class FakeFiles:
         return self.content[inode]
 
     def xattrs(self, inode: int) -> dict[bytes, bytes]:
+        if self.stats[inode].uid == 5:
+            return {b"trusted.label": b"x"}
         return {b"security.capability": b"\1\0\0\2" + bytes(16)} if self.stats[inode].uid == 4 else {}
 
     def xattrs_of(self, inodes: Sequence[int]) -> Sequence[Mapping[bytes, bytes] | None]:
@@ -214,6 +216,20 @@ def test_what_is_not_taken_over(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["capable", "setuid"]
     assert stat.S_IMODE((tmp_path / "setuid").stat().st_mode) == 0o755
     assert "security.capability" not in os.listxattr(tmp_path / "capable")
+
+
+def test_links_keep_their_attributes(tmp_path: Path) -> None:
+    """What a guest's SELinux gives them."""
+    system = FakeFiles()
+    system.put(2, LINK, b"x", uid=5)
+    system.add(1, b"link", 2)
+    report = copied(system, tmp_path)
+    assert (report.files, report.failed) == (1, [])
+    if os.geteuid() == 0:
+        assert os.getxattr(tmp_path / "link", "trusted.label", follow_symlinks=False) == b"x"
+        assert report.attributes == 0
+    else:
+        assert report.attributes == 1
 
 
 def test_damage_costs_what_is_damaged(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from backupfs.fuse.catalogue import GuestFolder, GuestVolume, PointEntry
 from backupfs.fuse.guest_volume import Unsound
 from backupfs.fuse.nodes import ROOT_INODE, GuestFile
 from backupfs.fuse.tree import Tree
-from backupfs.guest import detect
+from backupfs.guest import containers, detect
 from backupfs.services.by_hand import how
 
 
@@ -110,14 +110,14 @@ def test_what_can_be_done_by_hand() -> None:
     def said(kind: str | None, *others: str) -> str:
         return how("vda.parts", "2", kind, ["1", *others])
 
-    for kind in (detect.SWAP, detect.JOURNAL, detect.LVM):
+    for kind in (detect.SWAP, detect.JOURNAL, containers.LVM):
         assert raw not in said(kind)
-    for kind in (detect.LUKS, detect.BITLOCKER, detect.RAID, detect.REFS, detect.SWAP, detect.LVM):
+    for kind in (containers.LUKS, containers.BITLOCKER, containers.RAID, detect.REFS, detect.SWAP, containers.LVM):
         assert f"loop {raw}" not in said(kind)
-    assert f"cryptsetup open --readonly {raw} guest\n" in said(detect.LUKS)
-    assert f"--type bitlk {raw} guest\n" in said(detect.BITLOCKER)
-    assert "beside this folder: see vg0-root, vg1-a--b." in said(detect.LVM, "vg0-root", "vg1-a--b")
-    assert "vda.parts/ERROR.txt says why" in said(detect.LVM)
+    assert f"cryptsetup open --readonly {raw} guest\n" in said(containers.LUKS)
+    assert f"--type bitlk {raw} guest\n" in said(containers.BITLOCKER)
+    assert "beside this folder: see vg0-root, vg1-a--b." in said(containers.LVM, "vg0-root", "vg1-a--b")
+    assert "vda.parts/ERROR.txt says why" in said(containers.LVM)
     assert f"mount -o ro,loop,noload {raw} /mnt\n" in said("ext4")
     assert f"mount -o ro,loop {raw} /mnt\n" in said(None)
 
