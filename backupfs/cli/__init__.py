@@ -37,7 +37,7 @@ class SectionedGroup(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Take `backupfs REPO MOUNTPOINT [-o OPTIONS]`, mount(8)'s way to call, for `-r REPO mount MOUNTPOINT`."""
-        if len(args) >= 2 and args[0] not in self.commands and "/" in args[0] and os.path.isdir(args[0]):
+        if len(args) >= 2 and args[0] not in self.commands and "/" in args[0]:
             set_repository(ctx, None, args[0])
             args = ["mount", *args[1:]]
         return super().resolve_command(ctx, args)

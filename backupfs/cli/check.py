@@ -26,7 +26,7 @@ def _share(_: click.Context, __: click.Parameter, value: str | None) -> float:
         share = float(value.removesuffix("%")) / 100
     except ValueError:
         share = -1.0
-    if not 0 <= share <= 1:
+    if not 0 < share <= 1:
         raise UsageError(f"--sample {value}: write for example 5%")
     return share
 
@@ -72,6 +72,7 @@ def verify(what: str | None, sample: float, repair: bool, sources: tuple[str, ..
             vm, point = listing.parse_point(repository, what)
         elif what is not None:
             vm = names.check_name(what, "VM")
+        service.check_disks(repository, vm, [disk for disk, _ in others if disk])
         try:
             report = service.verify(repository, vm, point, sample, progress)
         except (UsageError, NotFound):

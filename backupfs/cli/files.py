@@ -4,6 +4,7 @@ import base64
 import os
 import stat
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -164,26 +165,32 @@ def cp(sources: tuple[str, ...], target: str, force: bool, as_json: bool) -> Non
             return
         with ExitStack() as stack:
             copier: service.Copier | None = None
-            for path in paths:
-                with open_volume(repository, path) as (volume, system):
-                    _say_notes(system)
-                    found = look_up(system, path.path)
-                    folder, name = _place(path, found.name, target, only=len(paths) == 1)
-                    if copier is None:
-                        copier = stack.enter_context(
-                            service.Copier(folder, force=force, report=report, progress=_Progress())
-                        )
-                    # A logical volume can be named by each of its disks.
-                    copier.copy(system, (path.vm, path.point, volume.disks, volume.name), found.stat, name)
+            for source, path in zip(sources, paths, strict=True):
+                try:
+                    with open_volume(repository, path) as (volume, system):
+                        _say_notes(system)
+                        found = look_up(system, path.path)
+                        folder, name = _place(path, found.name, target, only=len(paths) == 1)
+                        if copier is None:
+                            copier = stack.enter_context(
+                                service.Copier(folder, force=force, report=report, progress=_Progress())
+                            )
+                        # A logical volume can be named by each of its disks.
+                        copier.copy(system, (path.vm, path.point, volume.disks, volume.name), found.stat, name)
+                except (NotFound, GuestError) as e:
+                    if len(paths) == 1:
+                        raise
+                    report.failed.append((os.fsencode(source), str(e)))
     if sys.stderr.isatty():
         click.echo("\r\x1b[K", nl=False, err=True)
     for stream in report.streams:
-        tell(f"{stream}: this stream is too large to be kept as an extended attribute, and was not copied")
+        tell(f"{printable(stream)}: this stream is too large to be kept as an extended attribute, and was not copied")
     for where, what in report.failed:
-        tell(f"{where}: {shown(what)}")
+        tell(f"{printable(where)}: {shown(what)}")
     if as_json:
-        failed = [{"path": where, "error": what} for where, what in report.failed]
-        print_json({**vars(report), "failed": failed})
+        failed = [{**_exactly("path", where), "error": what} for where, what in report.failed]
+        streams = [stream.decode(errors="backslashreplace") for stream in report.streams]
+        print_json({**vars(report), "streams": streams, "failed": failed})
     else:
         _say_report(report)
     if report.failed:
@@ -200,6 +207,8 @@ def _place(path: GuestPath, name: bytes, target: str, *, only: bool) -> tuple[st
     Raises:
         UsageError, TargetError: there is no such folder, and it can't be made.
     """
+    if not target:
+        raise UsageError("TARGET is empty; name a folder")
     last = os.fsdecode(path.path.rpartition(b"/")[2])
     if last in {".", ".."}:
         raise UsageError(f"{last!r} is no name; name what is to be copied")
@@ -208,8 +217,10 @@ def _place(path: GuestPath, name: bytes, target: str, *, only: bool) -> tuple[st
     folder, new = os.path.split(target.rstrip("/"))
     folder = folder or "."
     is_folder = target.endswith("/")
-    if not (only or is_folder) or not os.path.isdir(folder):
-        raise UsageError(f"{target}: there is no such folder")
+    if not os.path.isdir(folder):
+        raise UsageError(f"{folder}: there is no such folder; make it first: mkdir -p {folder}")
+    if not (only or is_folder):
+        raise UsageError(f"{target}: there is no such folder; with a slash at its end it is made")
     if name and not is_folder:
         return folder, new
     try:
@@ -223,12 +234,12 @@ class _Progress:
     """Tells a person, not more than a few times a second, how far a copy is."""
 
     def __init__(self) -> None:
-        self._said = 0
+        self._next = 0.0
         self._shown = sys.stderr.isatty()
 
     def __call__(self, report: Any) -> None:
-        if self._shown and report.files + report.bytes // (1 << 24) != self._said:
-            self._said = report.files + report.bytes // (1 << 24)
+        if self._shown and time.monotonic() >= self._next:
+            self._next = time.monotonic() + 0.2
             click.echo(f"\r{report.files} files, {format_size(report.bytes)}\x1b[K", nl=False, err=True)
 
 

@@ -13,6 +13,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def set_repository(ctx: click.Context, _: click.Parameter | None, value: str | None) -> None:
+    if value == "":
+        raise UsageError("-r names no repository: it is empty")
     if value:
         ctx.ensure_object(dict)["repository"] = value
 

@@ -42,8 +42,11 @@ def manifest_path(root: str, vm: str, point: str) -> str:
 
 
 def vms(root: str) -> list[str]:
-    """Return the names of all VMs, in order."""
-    found = (names.unescape(name) for name in _listdir(os.path.join(root, "vms")))
+    """Return the names of all VMs, in order. Raises Corrupt: the folder that they are in is missing."""
+    folder = os.path.join(root, "vms")
+    found = [names.unescape(name) for name in _listdir(folder)]
+    if not found and not os.path.isdir(folder):
+        raise Corrupt(folder, 0, "is missing")
     return sorted(name for name in found if name)
 
 

@@ -45,6 +45,11 @@ class Repository:
         self._index: Index | None = None
         self._store: LayerStore | None = None
         self._left_out: LeftOut = {}
+        try:
+            # As long as this is open its file system can't be unmounted.
+            self._folder = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as e:
+            raise RepositoryError(f"{path}: {e.strerror}") from e
 
     @staticmethod
     def init(path: str, *, chunk_size: int = DEFAULT_CHUNK, codec_name: str = "zstd") -> None:
@@ -101,11 +106,17 @@ class Repository:
     def close(self) -> None:
         """Give everything back. Images of it are not to be read afterwards."""
         with self._lock:
-            if self._store:
-                self._store.close()
-            if self._index:
-                self._index.close()
-            self._store = self._index = None
+            self._close_index()
+            if self._folder >= 0:
+                os.close(self._folder)
+            self._folder = -1
+
+    def _close_index(self) -> None:
+        if self._store:
+            self._store.close()
+        if self._index:
+            self._index.close()
+        self._store = self._index = None
 
     def __enter__(self) -> "Repository":
         return self
@@ -114,12 +125,34 @@ class Repository:
         self.close()
 
     def vms(self) -> list[str]:
-        """Return the VMs that have points, in order of name."""
+        """Return the VMs that have points, in order of name.
+
+        Raises:
+            RepositoryError: the repository is not where it was.
+            Corrupt: the folder that they are in is missing.
+        """
+        self._check_place()
         return [vm for vm in catalog.vms(self.path) if catalog.points(self.path, vm)]
 
     def points(self, vm: str) -> list[str]:
-        """Return the ids of a VM's points, oldest first; none for a VM that is not there."""
+        """Return the ids of a VM's points, oldest first; none for a VM that is not there.
+
+        Raises:
+            RepositoryError: the repository is not where it was.
+        """
+        self._check_place()
         return catalog.points(self.path, vm)
+
+    def _check_place(self) -> None:
+        """An empty folder in its place must not be taken for a repository without points: rsync empties a mirror."""
+        if self._folder < 0:
+            return  # closed, and used again: nothing says where it was
+        try:
+            is_same = os.path.samestat(os.stat(self.path), os.fstat(self._folder))
+        except OSError as e:
+            raise RepositoryError(f"{self.path}: {e.strerror}; it was there when this began") from e
+        if not is_same:
+            raise RepositoryError(f"{self.path} is another folder than when this began")
 
     def resolve(self, vm: str, point: str) -> str:
         """Return the id that `point` stands for: itself, or the newest one for `latest`.
@@ -324,7 +357,7 @@ class Repository:
 
     def _reindex(self) -> int:
         with self._lock:
-            self.close()
+            self._close_index()
             folder = catalog.index_folder(self.path, self.settings.id)
             with index_lock(folder):
                 self._index = self._build_index(folder)

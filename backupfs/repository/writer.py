@@ -334,6 +334,7 @@ class PointWriter:
         """
         published = False
         try:
+            make_folders(self._root, self._points)  # first: layers without it are damage, for gc
             for entry, layer in self._entries:
                 path = layer_path(self._root, self.vm, entry.name, entry.chain, entry.seq)
                 make_folders(self._root, os.path.dirname(path))
@@ -341,7 +342,6 @@ class PointWriter:
                     rename_new(layer.raw_path, raw_path(path))
                 rename_new(layer.path, path)
                 fsync_folder(os.path.dirname(path))
-            make_folders(self._root, self._points)
             manifest = Manifest(
                 format=VERSION,
                 repository=self._repository_id,

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from backupfs.errors import RepositoryError
+from backupfs.errors import Corrupt, RepositoryError
 from backupfs.repository import catalog, locks, names
 from backupfs.repository.files import fsync_folder, write_new
 from backupfs.repository.format import ALIGNMENT
@@ -184,11 +184,15 @@ def _entries(repository: Repository, vm: str) -> dict[tuple[str, str], list[tupl
 
 def _plan_vm(repository: Repository, vm: str, report: GcReport) -> Iterator[_ChainPlan]:
     root = repository.path
+    there = {(disk, chain) for disk in catalog.disks(root, vm) for chain in catalog.chains(root, vm, disk)}
+    folder = os.path.dirname(catalog.manifest_path(root, vm, "x"))
+    if there and not os.path.isdir(folder):
+        # It is made before the first layer, and never removed.
+        raise Corrupt(folder, 0, f"is missing, and with it what says which layers are needed (or remove all of {vm})")
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # somebody's file is no VM
         # A delete that was killed may not have done it: a manifest must not come back after what it needs is gone.
-        fsync_folder(os.path.dirname(catalog.manifest_path(root, vm, "x")))
+        fsync_folder(folder)
     entries = _entries(repository, vm)
-    there = {(disk, chain) for disk in catalog.disks(root, vm) for chain in catalog.chains(root, vm, disk)}
     for disk, chain in sorted(there | entries.keys()):
         at = Chain(root, vm, disk, chain, -1)
         roots: dict[int, DiskEntry | None] = {entry.seq: entry for _, entry in entries.get((disk, chain), [])}

@@ -31,6 +31,9 @@ _ZEROES = bytes(512)  # in what is no hole, or a part of one
 _FOR_ALL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # the next file would meet the same
 
 
+Name = bytes  # which is a field's name in Report
+
+
 @dataclass
 class Report:
     """What was done.
@@ -49,8 +52,8 @@ class Report:
     left_out: int = 0
     harmless: int = 0
     attributes: int = 0
-    streams: list[str] = field(default_factory=list)
-    failed: list[tuple[str, str]] = field(default_factory=list)
+    streams: list[Name] = field(default_factory=list)
+    failed: list[tuple[Name, str]] = field(default_factory=list)
 
 
 Progress = Callable[[Report], None]
@@ -130,11 +133,11 @@ class Copier:
         try:
             self._copy(folder, path, name, source, above)
         except BackupfsError as e:
-            self._report.failed.append((printable(path + name), str(e)))
+            self._report.failed.append((path + name, str(e)))
         except OSError as e:
             if e.errno in _FOR_ALL:
                 raise TargetError(f"{printable(path + name)}: {e.strerror}; the same command goes on from here") from e
-            self._report.failed.append((printable(path + name), e.strerror or str(e)))
+            self._report.failed.append((path + name, e.strerror or str(e)))
         self._progress(self._report)
 
     def _copy(self, folder: int, path: bytes, name: bytes, source: Stat, above: tuple[int, ...]) -> None:
@@ -149,7 +152,9 @@ class Copier:
             self._report.left_out += 1
         elif there is not None and self._is_same(folder, name, source, there):
             self._report.there += 1
-        elif there is not None and (stat.S_ISDIR(there.st_mode) or not self._force):
+        elif there is not None and stat.S_ISDIR(there.st_mode):
+            raise TargetError("a folder of that name is there, and is not replaced")
+        elif there is not None and not self._force:
             raise TargetError("is there already, and differs; --force replaces it")
         else:
             with temporary_name(folder, name) as temporary:
@@ -262,7 +267,7 @@ class Copier:
         os.utime(file, ns=(source.atime_ns, source.mtime_ns))
         self._report.harmless += dangerous
         self._report.attributes += not kept
-        self._report.streams += [printable(path + b":" + stream) for stream in left_out]
+        self._report.streams += [path + b":" + stream for stream in left_out]
 
 
 def _status(folder: int, name: bytes) -> os.stat_result | None:

@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from backupfs.errors import BackupfsError, GuestError, NotFound
+from backupfs.errors import BackupfsError, GuestError, NotFound, UsageError
 from backupfs.filesystem import FileSystem, Stat, printable
 from backupfs.repository.repository import Repository
 from backupfs.services.diff import differences
@@ -178,6 +178,8 @@ def history(
             unchanged = held is not None and before_point and not _differ(repository, vm, (before_point, point), below)
             if not unchanged:
                 found, digest, below = _version(repository, GuestPath(vm, point, disk, volume, path))
+        except UsageError:
+            raise  # no volume is named, of several
         except BackupfsError as e:
             complain(Problem(f"{vm}/{point}/{disk}", str(e)))
             continue

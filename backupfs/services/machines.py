@@ -55,6 +55,8 @@ def opener(wanted: Wanted) -> Callable[[], Machine]:
         raise UsageError(
             f"name what to back up, in one way: DISK=SOURCE…, --qmp SOCKET or --libvirt URI; {found} is named"
         )
+    if wanted.freeze == "require" and not wanted.libvirt:
+        raise UsageError("--freeze require is for --libvirt: it asks the guest agent; by another way nothing is frozen")
     if wanted.disks:
         return _given(wanted)
     if wanted.push:

@@ -17,10 +17,12 @@ from backupfs.fuse import mountpoint as places
 from backupfs.fuse import session
 from backupfs.fuse.catalogue import LIVE, DiskFile, PointEntry, TextFile
 from backupfs.image import Image
+from backupfs.repository.catalog import cache_folder
 from backupfs.repository.manifest import DiskEntry
 from backupfs.repository.point import PointImage
 from backupfs.repository.repository import Repository
 from backupfs.services import background, hydrated
+from backupfs.services.folders import is_inside
 from backupfs.services.guest_folders import GuestFolders
 from backupfs.services.live import Exports, LiveCatalogue, LiveDisks, check_exports
 from backupfs.services.overlay import OverlayImage
@@ -272,6 +274,7 @@ def _run(repository: str, path: str, how: _How) -> None:
 def _answer(repository: str, path: str, how: _How, on_ready: Callable[[], None]) -> None:
     _bound_the_heap()
     opened = Repository.open(repository, chunk_cache=_chunk_cache())
+    _check_apart(repository, path)
     scratch = None
     if how.scratch:
         scratch = ScratchFolder(how.scratch, repository, opened.settings.id, path, keep=how.keep_scratch)
@@ -307,6 +310,18 @@ def _answer(repository: str, path: str, how: _How, on_ready: Callable[[], None])
         logging.shutdown()
         os._exit(0)
     opened.close()
+
+
+def _check_apart(repository: str, path: str) -> None:
+    """Raise MountError if the mount would cover what answers for it, or lie in it: it would wait for itself."""
+    if places.find(places.resolve(path)):
+        return  # the session says what is wrong, and does not wait for who is there
+    if is_inside(path, repository):
+        raise MountError(f"{path} lies in the repository ({repository}): mount it elsewhere")
+    needed = (repository, "the repository"), (cache_folder(), "the cache"), (background.log_path(path), "the log")
+    for other, what in needed:
+        if is_inside(other, path):
+            raise MountError(f"{path}: {what} ({other}) lies in it, and would be covered: mount it elsewhere")
 
 
 def _chunk_cache() -> int:

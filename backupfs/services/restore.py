@@ -65,6 +65,10 @@ def restore(repository: Repository, request: RestoreRequest, progress: Progress)
         TargetError: the target must not be overwritten, is too small, or can't be written.
         SourceError: the NBD server failed.
     """
+    if request.target == "-":
+        raise UsageError("a disk is not written to standard output; to a pipe, read DISK.raw of the mount")
+    if not request.target or request.target.endswith("/"):
+        raise UsageError(f"{request.target!r} names no file; write the file's own name")
     began = time.monotonic()
     with contextlib.closing(repository.open_image(request.vm, request.point, request.disk)) as image:
         image.check_map()

@@ -33,6 +33,7 @@ from typing import Any
 from backupfs.errors import BackupfsError, MountError
 from backupfs.repository import names
 from backupfs.services.blockmap import PAGE, BlockMap
+from backupfs.services.folders import is_inside
 from backupfs.services.overlay import Changes, Files
 from backupfs.units import KiB
 
@@ -89,7 +90,7 @@ class ScratchFolder:
         self._changes: dict[Disk, Changes] = {}
         self._lock = threading.Lock()
         for other, what in ((repository, "the repository"), (mountpoint, "the mount point")):
-            if _is_inside(self.path, other):
+            if is_inside(self.path, other):
                 raise MountError(f"--scratch {path}: it lies in {what}; name a folder of its own")
         try:
             self._fd = os.open(self.path, _FOLDER)
@@ -266,21 +267,6 @@ class ScratchFolder:
         fd = os.open(name, _FILE | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=self._fd)
         os.unlink(name, dir_fd=self._fd)
         return fd
-
-
-def _is_inside(path: str, other: str) -> bool:
-    """Return whether a folder is another or lies in it; by what they are, so that a bind mount does not hide it."""
-    other = os.path.realpath(other)
-    try:
-        status = os.stat(other)
-        above = path
-        while not os.path.samestat(os.stat(above), status):
-            if above == os.path.dirname(above):
-                return False
-            above = os.path.dirname(above)
-        return True
-    except OSError:  # it is not there, or it is a dead mount
-        return os.path.commonpath([path, other]) == other
 
 
 @contextmanager

@@ -86,6 +86,16 @@ def check_sources(sources: Sequence[tuple[str | None, str]]) -> None:
         open_source(spec).close()
 
 
+def check_disks(repository: Repository, vm: str | None, disks: Sequence[str]) -> None:
+    """Raise NotFound if one of the disks is none of the VM's; None: of any VM's."""
+    known = {
+        disk for name in (repository.vms() if vm is None else [vm]) for disk in catalog.disks(repository.path, name)
+    }
+    for disk in disks:
+        if disk not in known:
+            raise NotFound(f"--from {disk}=…: there is no such disk; there are {', '.join(sorted(known)) or 'none'}")
+
+
 def _manifests(repository: Repository, vm: str, point: str | None, report: Report) -> list[Manifest]:
     """Return the VM's good manifests, and report those that are not, of the points that are asked for."""
     found = []

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from backupfs import interrupts
-from backupfs.errors import ConnectError, UsageError
+from backupfs.errors import ConnectError, NotFound
 from backupfs.sources import domain_xml
 from backupfs.sources.deadline import Caller
 from backupfs.sources.domain_folder import Folder
@@ -40,7 +40,7 @@ def open_domain(
         timeout_s: how long libvirt may take to answer, and QEMU's export be silent.
 
     Raises:
-        UsageError: `disks` names one that is not there.
+        NotFound: there is no such domain; `disks` names one that is not there.
         ConnectError: no connection, no such domain, no libvirt module, or the domain can't be asked.
     """
     from backupfs.sources.domain_off import StoppedDomain  # noqa: PLC0415, these need Domain
@@ -67,7 +67,7 @@ def _wanted(domain: "Domain", names: Sequence[str] | None) -> list[domain_xml.Do
     known = ", ".join(disk.name for disk in there) or "none that the guest can write to"
     missing = [name for name in names or () if name not in [disk.name for disk in there]]
     if missing:
-        raise UsageError(f"domain {domain.name} has no disk {', '.join(missing)}; it has {known}")
+        raise NotFound(f"domain {domain.name} has no disk {', '.join(missing)}; it has {known}")
     direct = [disk.name for disk in there if disk.passed_through and (not names or disk.name in names)]
     if direct:
         raise ConnectError(
@@ -121,7 +121,7 @@ class Domain:
             if e.get_error_code() != self._libvirt.VIR_ERR_NO_DOMAIN:
                 raise ConnectError(f"domain {name}: {e}") from e
         there = self._ask("list the domains", lambda: [d.name() for d in self._connection.listAllDomains()])
-        raise ConnectError(f"libvirt knows no domain {name}; it knows {', '.join(sorted(there)) or 'none'}")
+        raise NotFound(f"libvirt knows no domain {name}; it knows {', '.join(sorted(there)) or 'none'}")
 
     def close(self) -> None:
         """End the connection. Waits for nothing."""

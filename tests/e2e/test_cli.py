@@ -104,6 +104,9 @@ def test_the_repository_option_stands_anywhere(tmp_path: Path) -> None:
         (["show", "web01/latest"], 10, "web01"),
         (["map", "web01/latest"], 2, "VM/POINT/DISK"),
         (["nonsense"], 2, "nonsense"),
+        (["/nonexistent/repo", "/mnt"], 10, "/nonexistent/repo is not a repository"),  # mount(8)
+        (["-r", "", "points"], 2, "it is empty"),
+        (["backup", "web01", "vda=x", "--freeze", "require"], 2, "--freeze require is for --libvirt"),
         (["init"], 2, "not empty"),
     ],
 )

@@ -199,12 +199,26 @@ def test_what_can_not_be(repo: Path, tmp_path: Path) -> None:
         (("ls", "web01/latest"), 2, "VM/POINT/DISK"),
         (("cp", "web01/latest/vda:/etc", "web01/latest/vda:/sparse", str(tmp_path / "nothing")), 2, "no such folder"),
         (("cp", "web01/latest/vda:/etc", "-"), 50, "only a file"),
+        (("cp", "web01/latest/vda:/etc", ""), 2, "TARGET is empty"),
+        (("cp", "web01/latest/vda:/etc", str(tmp_path / "no/1/")), 2, f"{tmp_path / 'no'}: there is no such folder"),
         (("find", "web02", "x"), 10, "web02"),
         (("find", "web01", "hosts", "--disk", "vdz"), 10, "no point of web01 has a disk 'vdz'"),
         (("history", "web01", "vda:/nothing"), 10, "no point of web01 has it"),
         (("history", "web01", "/etc/hosts"), 2, "DISK:[VOLUME]/path"),
     ):
         assert said in backupfs(repo, *words, code=code), words
+
+
+def test_one_of_several_that_is_missing_costs_itself(repo: Path, tmp_path: Path) -> None:
+    (tmp_path / "target/link").mkdir(parents=True)
+    wanted = [f"web01/latest/vda:/etc/{name}" for name in ("hosts", "nope", "later", "link")]
+    command = [*BACKUPFS, "-r", repo, "cp", *wanted, tmp_path / "target", "--force", "--json"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert said.returncode == 50
+    report = json.loads(said.stdout)
+    assert [entry["path"] for entry in report["failed"]] == [wanted[1], "link"]
+    assert "a folder of that name is there" in report["failed"][1]["error"]
+    assert sorted(os.listdir(tmp_path / "target")) == ["hosts", "later", "link"]
 
 
 def damage(repo: Path, content: bytes) -> None:
@@ -265,6 +279,7 @@ def test_several_volumes(tmp_path: Path, source: Path) -> None:
     assert backupfs(repo, "cp", "web01/latest/vda:/etc/hosts", "-") == "old\n"
     back_up(repo, AFTER, disk(inner))
     assert "several volumes" in backupfs(repo, "ls", "web01/latest/vda:/etc", code=2)
+    assert backupfs(repo, "history", "web01", "vda:/etc/hosts", code=2).count("several volumes") == 1
     assert backupfs(repo, "cp", "web01/latest/vda:2/etc/hosts", "-") == "old\n"
     assert json.loads(backupfs(repo, "find", "web01", "hosts", "--json"))[1]["volume"] == "2"
 

@@ -83,6 +83,24 @@ def test_gc(repo: Path) -> None:
     assert backupfs_json(repo, "gc")["freed"] == 0
 
 
+def test_a_repository_whose_machines_are_missing_is_damaged(repo: Path) -> None:
+    (repo / "vms").rename(repo / "away")
+    for command in ("points", "verify", "gc", "status"):
+        backupfs(repo, command, code=20)
+
+
+def test_layers_of_a_machine_whose_points_are_missing_are_kept(repo: Path) -> None:
+    (repo / "vms/web01/points").rename(repo / "away")
+    before = sorted(repo.rglob("*.layer"))
+    assert "points: damaged" in backupfs(repo, "gc", code=20)
+    assert sorted(repo.rglob("*.layer")) == before
+    (repo / "away").rename(repo / "vms/web01/points")
+    for point in ids(repo):
+        backupfs(repo, "delete", f"web01/{point}")
+    backupfs(repo, "gc")
+    assert [path for path in repo.rglob("*.layer") if "web01" in str(path)] == []
+
+
 def test_no_wait_and_waiting(repo: Path) -> None:
     with Repository.open(str(repo)) as repository:
         with repository.exclusive():

@@ -65,8 +65,8 @@ def test_points_of_a_domain(web: Web, repo: Path) -> None:
 
 def test_errors(web: Web, repo: Path) -> None:
     web.start()
-    assert "knows no domain db; it knows web" in backupfs(repo, *words(web, "--domain", "db"), code=30)
-    assert "it has vda, vdb" in backupfs(repo, *words(web, "--disk", "sda"), code=2)
+    assert "knows no domain db; it knows web" in backupfs(repo, *words(web, "--domain", "db"), code=10)
+    assert "it has vda, vdb" in backupfs(repo, *words(web, "--disk", "sda"), code=10)
     assert "no channel for a guest agent" in backupfs(repo, *words(web, "--freeze", "require"), code=30)
     assert backupfs_json(repo, "points") == []
 

@@ -8,7 +8,7 @@ import pytest
 from domains import Web
 from libvirtd import Disk, wait_until
 
-from backupfs.errors import BackupfsError, ConnectError, Locked, UsageError
+from backupfs.errors import BackupfsError, ConnectError, Locked, NotFound, UsageError
 from backupfs.sources.domain import open_domain
 from backupfs.sources.machine import Recorders, Track
 
@@ -264,9 +264,9 @@ def test_a_restarted_libvirtd_in_the_middle(web: Web) -> None:
 
 def test_what_is_refused(web: Web) -> None:
     web.start()
-    with pytest.raises(UsageError, match="has no disk sdz; it has vda, vdb"):
+    with pytest.raises(NotFound, match="has no disk sdz; it has vda, vdb"):
         web.open("vda", "sdz")
-    with pytest.raises(ConnectError, match="no domain db; it knows web"):
+    with pytest.raises(NotFound, match="no domain db; it knows web"):
         open_domain(web.daemon.uri, "db", None, freeze="auto", scratch="/tmp", timeout_s=5)
     with pytest.raises(ConnectError, match="can't connect"):
         open_domain("qemu:///system?socket=/nowhere", "web", None, freeze="auto", scratch="/tmp", timeout_s=5)

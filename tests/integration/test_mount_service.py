@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from backupfs.units import KiB, MiB
 pytestmark = [pytest.mark.timeout(60), needs_fuse]
 
 
-@dataclass(frozen=True)
+@dataclass
 class RealMount:
     """A repository of two points, and where it is to be mounted."""
 
@@ -104,6 +105,42 @@ def test_damage_is_eio_and_logged(real: RealMount) -> None:
     real.mount()
     fails_with(errno.EIO, Path(real.file(next(iter(real.contents)))).read_bytes)
     assert "000000.layer: damaged at offset" in Path(background.log_path(real.path)).read_text()
+
+
+@pytest.mark.parametrize("place", ["repository", "in it", "above it", "above the cache", "above the log"])
+def test_it_is_not_mounted_where_it_would_wait_for_itself(
+    real: RealMount, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "cache/backupfs").mkdir(parents=True)
+    path = {
+        "repository": real.repository,
+        "in it": f"{real.repository}/vms",
+        "above it": str(tmp_path),
+        "above the cache": str(tmp_path / "cache"),
+        "above the log": str(tmp_path / "state"),
+    }[place]
+    real.path = path  # for the clean-up
+    with pytest.raises(MountError, match="mount it elsewhere"):
+        real.mount()
+    assert mountpoint.find(path) is None
+    assert Repository.open(real.repository).vms() == ["web01"]
+
+
+def test_a_repository_that_is_not_there_any_more_is_not_an_empty_one(real: RealMount, tmp_path: Path) -> None:
+    """An rsync of the mount would empty its copy."""
+    real.mount()
+    away = tmp_path / "away"
+    os.rename(real.repository, away)
+    fails_with(errno.EIO, os.listdir, real.path)
+    Repository.init(real.repository)
+    fails_with(errno.EIO, os.listdir, real.path)
+    assert "is another folder" in Path(background.log_path(real.path)).read_text()
+    shutil.rmtree(real.repository)
+    os.rename(away, real.repository)
+    assert os.listdir(real.path) == ["web01"]
+    os.rename(f"{real.repository}/vms", away)
+    fails_with(errno.EIO, os.listdir, real.path)
 
 
 def test_the_child_tells_why_it_failed(real: RealMount, tmp_path: Path) -> None:

@@ -449,6 +449,19 @@ def test_a_small_disk_and_an_empty_one(tmp_path: Path) -> None:
     assert set(os.listdir(tmp_path)) == {"repo", "disk.raw"}
 
 
+@pytest.mark.parametrize(
+    ("target", "words"), [("-", "standard output"), ("new/", "names no file"), ("", "names no file")]
+)
+def test_targets_that_name_no_file(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UsageError, match=words):
+        restore(repository, repository.points("web01")[0], target)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_a_device_that_is_not_there_is_not_made_as_a_file(repository: Repository) -> None:
     with pytest.raises(UsageError, match="no such device"):
         restore(repository, repository.points("web01")[0], "/dev/backupfs-nobody-has-this")

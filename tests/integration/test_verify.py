@@ -361,7 +361,8 @@ def test_the_command(repository: Repository, tmp_path: Path) -> None:
     status = json.loads(_output(repo, "status", "--json"))
     assert not status["ok"]
     assert [(d["offset"], d["length"]) for d in status["damage"]] == [(5 * CHUNK, CHUNK)]
-    backupfs(repo, "verify", "--sample", "0%")
+    backupfs(repo, "verify", "--sample", "0%", code=2)
+    backupfs(repo, "verify", "--sample", "0.0001%")
     assert json.loads(_output(repo, "status", "--json"))["vms"][0]["damaged"] == 1, "a sample forgets nothing"
     source = tmp_path / "disk.raw"
     source.write_bytes(BASE)
@@ -369,6 +370,7 @@ def test_the_command(repository: Repository, tmp_path: Path) -> None:
     backupfs(repo, "verify")
     assert json.loads(_output(repo, "status", "--json"))["ok"]
     backupfs(repo, "verify", "--from", f"vda={source}", code=2)
+    assert "no such disk; there are vda" in backupfs(repo, "verify", "--repair", "--from", f"vdz={source}", code=10)
     assert "missing.raw" in backupfs(repo, "verify", "--repair", "--from", f"vda={tmp_path}/missing.raw", code=30)
     assert json.loads(_output(repo, "status", "--json"))["ok"], "it did not begin"
     backupfs(repo, "verify", "--sample", "200%", code=2)

@@ -122,9 +122,9 @@ def test_a_link_is_never_written_through(tmp_path: Path) -> None:
     second.add(20, b"precious", 21, content=b"evil")
     second.add(1, b"file", 22, content=b"evil")
     report = copied(second, target)
-    assert [path for path, _ in report.failed] == ["way", "file"]
+    assert [path for path, _ in report.failed] == [b"way", b"file"]
     report = copied(second, target, force=True)
-    assert [path for path, _ in report.failed] == ["way"], "a link is replaced by a file, not by a folder"
+    assert [path for path, _ in report.failed] == [b"way"], "a link is replaced by a file, not by a folder"
     assert (target / "file").read_bytes() == b"evil"
     assert not (target / "file").is_symlink()
     assert [(p.name, p.read_text()) for p in outside.iterdir()] == [("precious", "precious")]
@@ -137,7 +137,7 @@ def test_folders_inside_of_themselves_end(tmp_path: Path) -> None:
     system.add(3, b"up", 2)
     system.add(3, b"root", 1)
     report = copied(system, tmp_path)
-    assert sorted(path for path, _ in report.failed) == ["a/b/root", "a/b/up"]
+    assert sorted(path for path, _ in report.failed) == [b"a/b/root", b"a/b/up"]
     said: list[bytes] = []
     found = [path for path, _ in walk(system, system.stat(1), lambda path, _: said.append(path))]
     assert found == [b"/a", b"/a/b", b"/a/b/up", b"/a/b/root"]
@@ -212,7 +212,7 @@ def test_what_is_not_taken_over(tmp_path: Path) -> None:
     system.stats[5] = replace(system.stats[5], uid=4)
     report = copied(system, tmp_path)
     assert (report.files, report.left_out, report.harmless, report.failed) == (2, 2, 2, [])
-    assert report.streams == ["capable:large\\xff"]
+    assert report.streams == [b"capable:large\xff"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["capable", "setuid"]
     assert stat.S_IMODE((tmp_path / "setuid").stat().st_mode) == 0o755
     assert "security.capability" not in os.listxattr(tmp_path / "capable")
@@ -239,7 +239,7 @@ def test_damage_costs_what_is_damaged(tmp_path: Path) -> None:
     system.add(1, b"good", 4, content=b"good")
     system.bad = {2, 3}
     report = copied(system, tmp_path)
-    assert [path for path, _ in report.failed] == ["bad", "bad folder"]
+    assert [path for path, _ in report.failed] == [b"bad", b"bad folder"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad folder", "good"], "no part of a file is left"
 
 
@@ -268,7 +268,7 @@ def test_going_on(tmp_path: Path) -> None:
     assert (tmp_path / "second").stat().st_mtime_ns == TIME
     (tmp_path / "first").write_bytes(b"changed by somebody")
     report = copied(system, tmp_path)
-    assert [path for path, _ in report.failed] == ["first"]
+    assert [path for path, _ in report.failed] == [b"first"]
     assert (tmp_path / "first").read_bytes() == b"changed by somebody"
     assert copied(system, tmp_path, force=True).failed == []
     assert (tmp_path / "first").read_bytes() == b"1" * 10
@@ -362,7 +362,7 @@ def test_folders_that_their_owner_may_not_write_to(tmp_path: Path) -> None:
         return [(report.files, report.there, report.failed) for report in reports]
 
     found = as_ordinary_user(target, copy_twice)
-    denied = [("another's", "Permission denied")]
+    denied = [(b"another's", "Permission denied")]
     assert found == [(3, 0, denied), (0, 3, denied)]
     modes = [stat.S_IMODE((target / name).stat().st_mode) for name in ("2", "3", "4", "2/inner", "3/inner")]
     assert modes == [0, 0o500, 0o300, 0, 0o500]
@@ -487,7 +487,7 @@ def test_small_files_are_asked_for_together(tmp_path: Path) -> None:
         system.add(1, b"%d" % inode, inode, content=content)
     system.bad.add(180)
     report = copied(system, tmp_path)
-    assert report.failed == [("180", "damaged")]
+    assert report.failed == [(b"180", "damaged")]
     assert (report.files, report.bytes) == (299, sum(map(len, contents.values())) - len(contents[180]) - 4096)
     for inode, content in contents.items():
         if inode != 180:
