@@ -26,6 +26,7 @@ FILE_SYSTEM = "fuse.backupfs"
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
 _MNT_DETACH = 2
 _READAHEAD_KB = 4096  # some READs of the largest size, which are done side by side
+_DEAD = (errno.ENOTCONN, errno.ECONNABORTED)  # the second: it was cut off through /sys/fs/fuse/connections
 _ANSWER_S = 5.0  # a mount that does not answer by then hangs, but it is not dead
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -70,9 +71,14 @@ def _unescape(field: str) -> str:
 
 
 def is_dead(path: str) -> bool:
-    """Whether what is mounted at `path` has lost its process; one that hangs is not dead.
+    """Whether what is mounted at `path` has lost its process; one that hangs is not dead."""
+    return _answer_of(path) in _DEAD
 
-    statvfs asks the process each time. What stat says may be out of the kernel's cache, and then of a dead one, too.
+
+def _answer_of(path: str) -> int | None:
+    """Ask the process of a mount. Return the errno, 0 if it answers; None if it does not within some seconds.
+
+    statvfs asks it each time. What stat says may be out of the kernel's cache, and then of a dead one, too.
     """
     outcome: list[int] = []
 
@@ -86,8 +92,7 @@ def is_dead(path: str) -> bool:
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
     thread.join(_ANSWER_S)
-    # ECONNABORTED: the connection was cut through /sys/fs/fuse/connections.
-    return outcome in ([errno.ENOTCONN], [errno.ECONNABORTED])
+    return outcome[0] if outcome else None
 
 
 def prepare(path: str) -> None:
@@ -209,7 +214,10 @@ def take_away(path: str) -> None:
     if mounted is None or mounted.file_system != FILE_SYSTEM:
         what = "nothing is mounted here" if mounted is None else f"a {mounted.file_system} is mounted here"
         raise MountError(f"{path}: {what}, not a backupfs; `findmnt -t {FILE_SYSTEM}` lists those")
-    if is_dead(path):
+    answer = _answer_of(path)
+    if answer is None:
+        raise MountError(f"{path}: its process does not answer; `umount --lazy {path}` takes it away all the same")
+    if answer in _DEAD:
         detach(path)
     elif os.geteuid() == 0:
         _umount_as_root(path, 0)

@@ -107,6 +107,18 @@ def test_a_busy_mount_is_not_taken_away(mounted: FakeMount) -> None:
         service.unmount(str(mounted.path))
 
 
+def test_one_that_does_not_answer_is_not_called_busy(mounted: FakeMount, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mountpoint, "_ANSWER_S", 0.5)
+    mounted.process.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(MountError, match="its process does not answer"):
+            service.unmount(str(mounted.path))
+    finally:
+        mounted.process.send_signal(signal.SIGCONT)
+    service.unmount(str(mounted.path))
+    assert mounted.ended() == 0
+
+
 def test_where_nothing_can_be_mounted(mounted: FakeMount, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path, message in (
