@@ -172,12 +172,13 @@ def _answer(line: socket.socket, system: Parser, ask: messages.Ask) -> messages.
 
 
 def _row(s: Stat) -> messages.StatRow:
-    atime, mtime, ctime = (divmod(time, 10**9) for time in (s.atime_ns, s.mtime_ns, s.ctime_ns))
-    row = (s.inode, s.mode, s.nlink, s.uid, s.gid, s.size, s.allocated, atime, mtime, ctime, s.rdev, s.has_xattrs)
-    numbers = (*row[:7], atime[0], mtime[0], ctime[0], s.rdev)
-    if min(numbers) < -(1 << 63) or max(numbers) >= 1 << 63:
-        raise GuestError(f"inode {s.inode} is damaged: what it says of itself adds up to too much")
-    return row
+    if (s.inode | s.size | s.allocated | s.rdev) >> 63:  # what a damaged inode can add up to
+        raise GuestError(f"inode {s.inode} is damaged: it says of itself what can't be")
+    atime, mtime, ctime = s.atime_ns, s.mtime_ns, s.ctime_ns
+    times: tuple[messages.Time, messages.Time, messages.Time] = atime, mtime, ctime
+    if min(atime, mtime, ctime) < -(1 << 63) or max(atime, mtime, ctime) >= 1 << 63:
+        times = str(atime), str(mtime), str(ctime)
+    return (s.inode, s.mode, s.nlink, s.uid, s.gid, s.size, s.allocated, *times, s.rdev, s.has_xattrs)
 
 
 def _listed_row(s: Stat) -> messages.StatRow:

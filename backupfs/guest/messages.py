@@ -8,6 +8,7 @@ disk that it reads: types are checked here, and numbers by who uses them.
 import socket
 import struct
 import time
+from typing import Annotated
 
 import msgspec
 
@@ -56,7 +57,8 @@ class Opened(msgspec.Struct, tag=True):
     notes: list[str]
 
 
-Time = tuple[int, int]  # seconds since 1970, ns: together they can be too many for MessagePack's 64 bits
+Time = int | Annotated[str, msgspec.Meta(pattern=r"^-?[0-9]{1,30}$")]
+"""In ns; in digits if it is more than MessagePack's 64 bits hold."""
 StatRow = tuple[int, int, int, int, int, int, int, Time, Time, Time, int, bool]  # as in filesystem.Stat, in its order
 
 

@@ -168,8 +168,7 @@ class GuestFileSystem:
             return unreadable(row[0])
 
     def _believed(self, row: messages.StatRow) -> Stat:
-        atime, mtime, ctime = (seconds * 10**9 + ns for seconds, ns in row[7:10])
-        found = Stat(*row[:7], atime, mtime, ctime, *row[10:])
+        found = Stat(*row[:7], int(row[7]), int(row[8]), int(row[9]), *row[10:])
         numbers = (found.inode, found.size, found.allocated, found.rdev)
         small = (found.uid, found.gid, found.nlink)
         if not (all(0 <= n < 1 << 63 for n in numbers) and all(0 <= n < 1 << 32 for n in small)) or found.mode >> 16:
