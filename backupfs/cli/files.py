@@ -177,8 +177,8 @@ def cp(sources: tuple[str, ...], target: str, force: bool, as_json: bool) -> Non
                             )
                         # A logical volume can be named by each of its disks.
                         copier.copy(system, (path.vm, path.point, volume.disks, volume.name), found.stat, name)
-                except (NotFound, GuestError) as e:
-                    if len(paths) == 1:
+                except BackupfsError as e:
+                    if len(paths) == 1 or isinstance(e, UsageError | TargetError):
                         raise
                     report.failed.append((os.fsencode(source), str(e)))
     if sys.stderr.isatty():

@@ -4,9 +4,10 @@ Whoever makes one of a volume need not wipe what was there, so a file system tha
 Source: libblkid, which asks in this order too; md_p.h of Linux.
 """
 
+import contextlib
 import struct
-from collections.abc import Iterator
 
+from backupfs.errors import BackupfsError
 from backupfs.guest.lvm import find_label
 from backupfs.guest.reading import read
 from backupfs.image import Image
@@ -21,11 +22,11 @@ LUKS, BITLOCKER, LVM, RAID = (
 
 _MD = b"\xfc\x4e\x2b\xa9"
 _SECTOR = 512
-_MIRROR = 1  # level
+_WHOLE = 1, -4  # levels: mirrored, several ways to one disk
 
 
 def container(volume: Image) -> str | None:
-    """Return which one a volume is, or None.
+    """Return which one a volume is by what stands at its beginning, or None.
 
     Raises:
         BackupfsError: it can't be read.
@@ -37,27 +38,28 @@ def container(volume: Image) -> str | None:
         return BITLOCKER
     if find_label(volume) is not None:
         return LVM
-    return RAID if any(_hides(volume, *place) for place in _places(volume.size)) else None
+    return RAID if any(_md_level(volume, at, 1) is not None for at in (0, 4 * KiB)) else None
 
 
-def _places(size: int) -> Iterator[tuple[int, int]]:
-    """Yield where an MD superblock may be, and the major version of those there."""
-    yield 0, 1
-    yield 4 * KiB, 1
-    yield (size // _SECTOR - 16 & ~7) * _SECTOR, 1
-    yield (size & ~(64 * KiB - 1)) - 64 * KiB, 0
+def is_striped(volume: Image) -> bool:
+    """Say whether an MD superblock at a volume's end says that a file system at its beginning goes on elsewhere.
 
-
-def _hides(volume: Image, at: int, major: int) -> bool:
-    """Say whether there is an MD superblock that a file system at the volume's beginning does not go with.
-
-    A mirror whose superblock is at the end does: it begins with what is mirrored.
+    A mirror begins with what is mirrored. What can't be read is taken for none: it is hardly ever used.
     """
+    places = ((volume.size // _SECTOR - 16 & ~7) * _SECTOR, 1), ((volume.size & ~(64 * KiB - 1)) - 64 * KiB, 0)
+    for at, major in places:
+        with contextlib.suppress(BackupfsError):
+            level = _md_level(volume, at, major)
+            if level is not None and level not in _WHOLE:
+                return True
+    return False
+
+
+def _md_level(volume: Image, at: int, major: int) -> int | None:
+    """Return the level in an MD superblock; None: there is none of this major version."""
     found = read(volume, at, _SECTOR)
     if found is None or found[:4] != _MD or struct.unpack_from("<I", found, 4)[0] != major:
-        return False
-    if not major:
-        return bool(struct.unpack_from("<I", found, 28)[0] != _MIRROR)
-    if struct.unpack_from("<Q", found, 144)[0] != at // _SECTOR:
-        return False
-    return at <= 4 * KiB or struct.unpack_from("<I", found, 72)[0] != _MIRROR
+        return None
+    if major and struct.unpack_from("<Q", found, 144)[0] != at // _SECTOR:
+        return None
+    return int(struct.unpack_from("<i", found, 72 if major else 28)[0])

@@ -3,7 +3,7 @@
 import struct
 from dataclasses import dataclass
 
-from backupfs.guest.containers import LVM, container
+from backupfs.guest.containers import LVM, RAID, container, is_striped
 from backupfs.guest.fat_sector import is_fat
 from backupfs.guest.reading import read
 from backupfs.image import Image
@@ -57,8 +57,16 @@ def detect(volume: Image) -> Found:
         BackupfsError: it can't be read.
     """
     outside = container(volume)
+    found = Found(None, "") if outside else _look(volume)
+    # Not asked of the others: Windows makes them over such a superblock, and leaves it.
+    if found.family in (EXT, XFS, BTRFS) and is_striped(volume):
+        outside = RAID
     if outside is not None:
         return Found(None, outside, f"{outside}: not a file system that backupfs reads")
+    return found
+
+
+def _look(volume: Image) -> Found:
     head = read(volume, 0, min(volume.size, 68 * KiB)) or b""
     if head[1080:1082] == _EXT_MAGIC:
         return _ext(head)

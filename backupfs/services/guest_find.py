@@ -173,13 +173,17 @@ def history(
     held: dict[str, Any] | None = None
     there = False
     before_point, below = "", frozenset[str]()
+    unnamed: UsageError | None = None
     for point in repository.points(vm):
         try:
             unchanged = held is not None and before_point and not _differ(repository, vm, (before_point, point), below)
             if not unchanged:
                 found, digest, below = _version(repository, GuestPath(vm, point, disk, volume, path))
-        except UsageError:
-            raise  # no volume is named, of several
+        except UsageError as e:
+            if unnamed is None:  # no volume is named, of several: the other points have them too
+                complain(Problem(vm, str(e)))
+            unnamed = unnamed or e
+            continue
         except BackupfsError as e:
             complain(Problem(f"{vm}/{point}/{disk}", str(e)))
             continue
@@ -194,7 +198,7 @@ def history(
     if held is not None and there:
         yield held
     elif not there:
-        raise NotFound(f"no point of {vm} has it")
+        raise unnamed or NotFound(f"no point of {vm} has it")
 
 
 def _same(held: dict[str, Any], found: Stat | None, digest: str | None) -> bool:

@@ -24,6 +24,7 @@ from backupfs.sources.child import Child
 # For the parser's own work on a call; what the disk takes is not counted. To open one may be to replay a journal.
 _DEADLINE_S, _OPENING_S = 10.0, 120.0
 _IDLE_S = 60.0
+_FARTHEST_NS = 10**9 << 63  # of a time that the host can be told
 _MOST_LISTED = 1_000_000  # entries of a folder
 _MOST = 8  # processes at a time; the one that was idle for longest goes first
 T = TypeVar("T")
@@ -168,9 +169,12 @@ class GuestFileSystem:
             return unreadable(row[0])
 
     def _believed(self, row: messages.StatRow) -> Stat:
-        found = Stat(*row[:7], int(row[7]), int(row[8]), int(row[9]), *row[10:])
+        times = int(row[7]), int(row[8]), int(row[9])
+        found = Stat(*row[:7], *times, *row[10:])
         numbers = (found.inode, found.size, found.allocated, found.rdev)
         small = (found.uid, found.gid, found.nlink)
+        if min(times) < -_FARTHEST_NS or max(times) >= _FARTHEST_NS:
+            raise GuestError(f"{self._name}: inode {found.inode} is damaged")
         if not (all(0 <= n < 1 << 63 for n in numbers) and all(0 <= n < 1 << 32 for n in small)) or found.mode >> 16:
             raise GuestError(f"{self._name}: inode {found.inode} is damaged")
         return found

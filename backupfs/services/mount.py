@@ -314,7 +314,8 @@ def _answer(repository: str, path: str, how: _How, on_ready: Callable[[], None])
 
 def _check_apart(repository: str, path: str) -> None:
     """Raise MountError if the mount would cover what answers for it, or lie in it: it would wait for itself."""
-    if places.find(places.resolve(path)):
+    mounted = places.find(places.resolve(path))
+    if mounted and mounted.file_system == places.FILE_SYSTEM:
         return  # the session says what is wrong, and does not wait for who is there
     if is_inside(path, repository):
         raise MountError(f"{path} lies in the repository ({repository}): mount it elsewhere")

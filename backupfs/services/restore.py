@@ -65,10 +65,6 @@ def restore(repository: Repository, request: RestoreRequest, progress: Progress)
         TargetError: the target must not be overwritten, is too small, or can't be written.
         SourceError: the NBD server failed.
     """
-    if request.target == "-":
-        raise UsageError("a disk is not written to standard output; to a pipe, read DISK.raw of the mount")
-    if not request.target or request.target.endswith("/"):
-        raise UsageError(f"{request.target!r} names no file; write the file's own name")
     began = time.monotonic()
     with contextlib.closing(repository.open_image(request.vm, request.point, request.disk)) as image:
         image.check_map()
@@ -101,6 +97,10 @@ def _to_export(request: RestoreRequest, image: PointImage, done: Restored, progr
 
 
 def _to_path(request: RestoreRequest, image: PointImage, done: Restored, progress: Progress) -> None:
+    if request.target == "-":
+        raise UsageError("a disk is not written to standard output; to a pipe, read DISK.raw of the mount")
+    if not request.target or request.target.endswith("/"):
+        raise UsageError(f"{request.target!r} names no file; write the file's own name")
     path = os.path.realpath(request.target)  # what a link leads to is meant: a rename would replace the link
     _refuse_ours(request, path)
     try:

@@ -92,8 +92,8 @@ def check_disks(repository: Repository, vm: str | None, disks: Sequence[str]) ->
         disk for name in (repository.vms() if vm is None else [vm]) for disk in catalog.disks(repository.path, name)
     }
     for disk in disks:
-        if disk not in known:
-            raise NotFound(f"--from {disk}=…: there is no such disk; there are {', '.join(sorted(known)) or 'none'}")
+        if known and disk not in known:
+            raise NotFound(f"--from {disk}=…: there is no such disk; there are {', '.join(sorted(known))}")
 
 
 def _manifests(repository: Repository, vm: str, point: str | None, report: Report) -> list[Manifest]:

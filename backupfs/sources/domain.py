@@ -41,7 +41,7 @@ def open_domain(
 
     Raises:
         NotFound: there is no such domain; `disks` names one that is not there.
-        ConnectError: no connection, no such domain, no libvirt module, or the domain can't be asked.
+        ConnectError: no connection, no libvirt module, or the domain can't be asked.
     """
     from backupfs.sources.domain_off import StoppedDomain  # noqa: PLC0415, these need Domain
     from backupfs.sources.domain_running import RunningDomain  # noqa: PLC0415

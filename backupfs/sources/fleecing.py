@@ -216,13 +216,14 @@ class Session:
         """See to it that QEMU resizes no disk and puts nothing over a filter from now on, as it does with the job.
 
         Raises:
-            SourceError: it can't be done, or a disk was resized just now.
+            SourceError: it can't be done, or a disk was resized or something put over its filter just now.
         """
         if self._method == "filter":
             empty = {"driver": "file", "filename": self._scratch.empty, "read-only": True}
             for disk in self._disks:
                 node, backing = self._name("g", disk), self._name("f", disk)
                 self._add(driver="qcow2", node_name=node, file=empty, backing=backing, read_only=True)
+            self.check()
         nodes = ask_blocks(self._monitor).nodes
         for disk in self._disks:
             if disk.node.name not in nodes or nodes[disk.node.name].size != disk.node.size:

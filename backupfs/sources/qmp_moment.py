@@ -93,6 +93,7 @@ class QmpMoment:
                 own = self._names.of(disk.device.name)
                 turns[disk.device.name] = recording.rotate(disk.node, own, disk.old)
         self._session.freeze(turns)
+        self._session.guard()
         for disk in self._disks:
             name = disk.device.name
             description = f"{self._monitor.path}: disk {name}"
@@ -103,7 +104,6 @@ class QmpMoment:
                 source.witness = Witness(self._uri(witness), description, self._timeout_s)
             source.format = disk.node.driver
             source.bitmap_problem = self._problems[name] or source.bitmap_problem
-        self._session.guard()
         self._watch = threading.Thread(target=self._watch_scratch, args=(self._folder,), name="scratch", daemon=True)
         self._watch.start()
 

@@ -221,6 +221,19 @@ def test_one_of_several_that_is_missing_costs_itself(repo: Path, tmp_path: Path)
     assert sorted(os.listdir(tmp_path / "target")) == ["hosts", "later", "link"]
 
 
+def test_one_of_several_in_a_damaged_point_costs_itself(repo: Path, tmp_path: Path) -> None:
+    manifest = repo / f"vms/web01/points/{BETWEEN}.json"
+    manifest.chmod(0o600)
+    manifest.write_text(manifest.read_text().replace("vda", "vdb", 1))
+    (tmp_path / "target").mkdir()
+    wanted = [
+        f"web01/{point}/vda:/etc/{name}" for point, name in ((BEFORE, "hosts"), (BETWEEN, "link"), (AFTER, "later"))
+    ]
+    said = backupfs(repo, "cp", *wanted, tmp_path / "target", code=50)
+    assert f"{BETWEEN}.json: damaged" in said
+    assert sorted(os.listdir(tmp_path / "target")) == ["hosts", "later"]
+
+
 def damage(repo: Path, content: bytes) -> None:
     """Flip a byte of what the newest layer has stored as it is."""
     layer = sorted(repo.rglob("*.layer"))[-1]
@@ -279,6 +292,10 @@ def test_several_volumes(tmp_path: Path, source: Path) -> None:
     assert backupfs(repo, "cp", "web01/latest/vda:/etc/hosts", "-") == "old\n"
     back_up(repo, AFTER, disk(inner))
     assert "several volumes" in backupfs(repo, "ls", "web01/latest/vda:/etc", code=2)
+    back_up(repo, "20260104T000000Z", disk(inner))
+    said = backupfs(repo, "history", "web01", "vda:/etc/hosts", code=50)  # what the first point has is told
+    assert said.count("several volumes") == 1
+    backupfs(repo, "delete", f"web01/{BEFORE}")
     assert backupfs(repo, "history", "web01", "vda:/etc/hosts", code=2).count("several volumes") == 1
     assert backupfs(repo, "cp", "web01/latest/vda:2/etc/hosts", "-") == "old\n"
     assert json.loads(backupfs(repo, "find", "web01", "hosts", "--json"))[1]["volume"] == "2"

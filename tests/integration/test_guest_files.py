@@ -623,6 +623,23 @@ def test_what_a_volume_was_before_it_became_a_part_of_something(
         assert detect(image).kind == kind
 
 
+def test_the_end_of_a_volume_may_be_damaged_or_hold_what_was_before(tmp_path: Path) -> None:
+    """Windows makes its file systems over what MD had there."""
+    need("mkfs.ntfs")
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(4 * MiB))
+    run("mkfs.ext2", "-q", "-F", "-b", "1024", path)
+    with closing(FailingImage(path)) as image:
+        image.bad = range(image.size - 64 * KiB, image.size)
+        assert detect(image).kind == "ext2"
+    run("mkfs.ntfs", "-q", "-F", "-f", path)
+    disk = bytearray(path.read_bytes())
+    with_md(disk, len(disk) - 8 * KiB, 1, 5)
+    path.write_bytes(disk)
+    with closing(FileImage(path)) as image:
+        assert detect(image).kind == "ntfs"
+
+
 def test_an_old_btrfs_below_a_new_ntfs(tmp_path: Path) -> None:
     """Whose making does not touch the superblock of the first."""
     need("mkfs.btrfs", "mkfs.ntfs")

@@ -127,6 +127,24 @@ def test_it_is_not_mounted_where_it_would_wait_for_itself(
     assert Repository.open(real.repository).vms() == ["web01"]
 
 
+@pytest.mark.parametrize("below", ["", "repo"])
+def test_nor_over_the_disk_that_the_repository_is_on(tmp_path: Path, below: str) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], check=True)
+    try:
+        Repository.init(str(disk / below))
+        with pytest.raises(MountError, match="mount it elsewhere"):
+            service.mount(str(disk / below), str(disk), foreground=False, allow_other=False, options=[])
+        mounted = mountpoint.find(str(disk))
+        assert mounted
+        assert mounted.file_system == "tmpfs"
+    finally:
+        unmount_all(str(disk))
+
+
 def test_a_repository_that_is_not_there_any_more_is_not_an_empty_one(real: RealMount, tmp_path: Path) -> None:
     """An rsync of the mount would empty its copy."""
     real.mount()

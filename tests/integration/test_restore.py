@@ -13,7 +13,7 @@ from commands import backupfs
 from repositories import add_point
 from servers import nbdkit, need, qemu_nbd, run, storage_daemon
 
-from backupfs.errors import BackupfsError, Corrupt, SourceError, TargetError, UsageError
+from backupfs.errors import BackupfsError, ConnectError, Corrupt, SourceError, TargetError, UsageError
 from backupfs.extents import Extent
 from backupfs.repository.layer import Layer
 from backupfs.repository.repository import Repository
@@ -460,6 +460,11 @@ def test_targets_that_name_no_file(
     with pytest.raises(UsageError, match=words):
         restore(repository, repository.points("web01")[0], target)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_export_without_a_name(repository: Repository) -> None:
+    with pytest.raises(ConnectError, match=r"127\.0\.0\.1"):
+        restore(repository, repository.points("web01")[0], "nbd://127.0.0.1:1/")
 
 
 def test_a_device_that_is_not_there_is_not_made_as_a_file(repository: Repository) -> None:
