@@ -4,11 +4,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import namespaces
 import pytest
 
 if TYPE_CHECKING:
     from domains import Web
     from libvirtd import Libvirt
+
+
+_keepers = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Once, before there are workers."""
+    if not hasattr(config, "workerinput") and (keeper := namespaces.keep()):
+        _keepers.append(keeper)
+
+
+def pytest_unconfigure() -> None:
+    while _keepers:
+        keeper = _keepers.pop()
+        keeper.kill()
+        keeper.wait()
 
 
 @pytest.fixture(scope="module")

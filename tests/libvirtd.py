@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import servers
-from mounts import LET_MOUNTS_GO
+from namespaces import LET_MOUNTS_GO, in_a_new_one
 
 _LIMIT_S = 60.0
 
@@ -202,7 +202,8 @@ def libvirtd(*, user: str = "root", dynamic_ownership: bool = False, small: bool
         if small:
             (folder / "small").mkdir()
             servers.run("mount", "-t", "tmpfs", "-o", "size=4m", "small", folder / "small")
-        command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", _START, "sh"]
+        own = in_a_new_one("--pid", "--fork", "--kill-child", "--mount-proc", from_here=small)
+        command = [*own, "sh", "-c", _START, "sh"]
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", "--", *command, str(folder)],

@@ -120,14 +120,6 @@ def process_of(mountpoint: str) -> int:
     raise AssertionError("no process")
 
 
-LET_MOUNTS_GO = r"""
-cat /proc/self/mounts | while read -r source target type rest; do
-  case "$source $type" in /dev/loop*|*" fuse"*) [ "$target" = / ] || umount --lazy "$(printf %b "$target")" || :;; esac
-done
-"""
-"""For the shell in a new mount namespace. It has what other tests have mounted too, and keeps it there after they have
-unmounted it: a file system whose copy the kernel takes for the same one, or does not write back."""
-
 AS_NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 
 

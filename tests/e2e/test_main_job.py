@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import servers
 from commands import backupfs, backupfs_json
-from mounts import LET_MOUNTS_GO
+from namespaces import in_a_new_one
 
 from backupfs.units import GiB, MiB
 
@@ -239,14 +239,13 @@ def test_fstab_and_mount_8(tmp_path: Path) -> None:
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m backupfs "$@"\n')
     program.chmod(0o755)
     # mount(8)'s helper looks in the system's folders only: in a mount namespace of the test's own, ours is there.
-    script = f"""
+    script = """
         set -e
-        {LET_MOUNTS_GO}
         mount --bind "$1" /usr/local/bin
         mount -t fuse.backupfs -o ro,noauto,allow_other "$2" "$3"
         cat "$3/web01/latest/vda.raw"
         backupfs umount "$3"
     """
-    words = ["unshare", "--mount", "bash", "-c", script, "bash", str(program.parent), str(repo), str(mountpoint)]
+    words = [*in_a_new_one(), "bash", "-c", script, "bash", str(program.parent), str(repo), str(mountpoint)]
     done = subprocess.run(words, capture_output=True, check=False, timeout=60)
     assert (done.returncode, done.stdout) == (0, b"x" * 10_000), done.stderr
