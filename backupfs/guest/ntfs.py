@@ -425,19 +425,20 @@ class NtfsFileSystem:
 def _times(file: Any) -> tuple[int, int, int]:
     """Return when it was written, changed and read, in ns since 1970."""
     meta = file.info.meta
-    seconds = int(meta.mtime), int(meta.ctime), int(meta.atime)
-    if all(seconds):
-        written, changed, read_at = seconds
-        nanos = int(meta.mtime_nano), int(meta.ctime_nano), int(meta.atime_nano)
-        return written * 10**9 + nanos[0], changed * 10**9 + nanos[1], read_at * 10**9 + nanos[2]
-    # The Sleuth Kit has 0 for what is before 1970 or after 2106.
-    for attribute in file:
-        if attribute.info.type == pytsk3.TSK_FS_ATTR_TYPE_NTFS_SI:
-            raw = _content(file, attribute, _STANDARD.size)
-            if len(raw) == _STANDARD.size:
-                _, written, changed, read_at = (100 * (time - _1601_TO_1970) for time in _STANDARD.unpack(raw))
-                return written, changed, read_at
-    raise GuestError(f"inode {int(meta.addr)} is damaged: it has no times")
+    written, changed, read_at = int(meta.mtime), int(meta.ctime), int(meta.atime)
+    if not (written and changed and read_at):
+        # The Sleuth Kit has 0 for what is before 1970 or after 2106.
+        for attribute in file:
+            if attribute.info.type == pytsk3.TSK_FS_ATTR_TYPE_NTFS_SI:
+                raw = _content(file, attribute, _STANDARD.size)
+                if len(raw) == _STANDARD.size:
+                    _, written, changed, read_at = (100 * (time - _1601_TO_1970) for time in _STANDARD.unpack(raw))
+                    return written, changed, read_at
+    return (
+        written * 10**9 + int(meta.mtime_nano),
+        changed * 10**9 + int(meta.ctime_nano),
+        read_at * 10**9 + int(meta.atime_nano),
+    )
 
 
 def _flags(attribute: Any) -> int:
