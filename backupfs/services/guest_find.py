@@ -168,7 +168,8 @@ def history(
     repository: Repository, vm: str, disk: str, volume: str, path: bytes, *, complain: Callable[[Problem], None]
 ) -> Iterator[dict[str, Any]]:
     """Yield the versions of a file: `first` and `last` point that have it so, and `stat` and `sha256` (of a file, else
-    None), or None for both where it is not there. Raises NotFound: no point has it."""
+    None), or None for both where it is not there. Raises NotFound: no point has it; UsageError: no volume is named, and
+    no point has it where that is not needed."""
     repository.resolve(vm, "latest")
     held: dict[str, Any] | None = None
     there = False
